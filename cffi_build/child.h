@@ -1,0 +1,16 @@
+/* What a freshly forked child asks of the kernel about itself. Every function returns -errno on failure. */
+#ifndef AP_CHILD_H
+#define AP_CHILD_H
+
+/* Return a bit mask (bit n - 1 for signal n) of the signals that have a handler, C or Python: neither SIG_DFL nor SIG_IGN. */
+unsigned long long ap_caught_signals(void);
+
+/* Ask for `signal` when the thread that forked this process ends; 0 asks for none. See PR_SET_PDEATHSIG in prctl(2). */
+int ap_set_pdeathsig(int signal);
+
+/* Cut this process off from every epoll descriptor that it inherited, without changing what its parent watches: each is
+ * replaced in place by /dev/null, so that its number can neither reach the parent's epoll nor be reused under an object
+ * that still knows it. Returns how many there were. */
+int ap_detach_epolls(void);
+
+#endif

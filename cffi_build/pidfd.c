@@ -1,0 +1,106 @@
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "pidfd.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* Older headers lack these; the numbers are the same on every architecture but alpha, and fixed for ever. */
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef CLONE_PIDFD
+#define CLONE_PIDFD 0x00001000
+#endif
+
+/* The first published form of struct pidfd_info (PIDFD_INFO_SIZE_VER0, Linux 6.13); later kernels accept it. */
+struct pidfd_info_v0 {
+    uint64_t mask;
+    uint64_t cgroupid;
+    uint32_t pid, tgid, ppid;
+    uint32_t ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
+    int32_t exit_code;
+};
+_Static_assert(sizeof(struct pidfd_info_v0) == 64, "the size is a part of the ioctl's number");
+#define GET_INFO_V0 _IOWR(0xFF, 11, struct pidfd_info_v0)
+#define INFO_EXIT ((uint64_t)1 << 3)
+
+int ap_pidfd_open(int pid)
+{
+    long fd = syscall(SYS_pidfd_open, pid, 0);
+    return fd < 0 ? -errno : (int)fd;
+}
+
+int ap_waitid(int idtype, int id, int options, ap_exit *ret_exit)
+{
+    siginfo_t info;
+    long rusage[18];
+
+    info.si_pid = 0; /* waitid leaves it alone when it finds nothing */
+    if (syscall(SYS_waitid, idtype, id, &info, options | __WALL, rusage) < 0)
+        return -errno;
+    if (info.si_pid == 0)
+        return 0;
+    ret_exit->pid = info.si_pid;
+    if (info.si_code == CLD_EXITED)
+        ret_exit->status = (info.si_status & 0xff) << 8;
+    else
+        ret_exit->status = info.si_status | (info.si_code == CLD_DUMPED ? 0x80 : 0);
+    ret_exit->source = options & WNOWAIT ? AP_SOURCE_PEEKED : AP_SOURCE_REAPED;
+    memcpy(ret_exit->rusage, rusage, sizeof rusage);
+    return 1;
+}
+
+int ap_pidfd_send_signal(int pidfd, int signal, unsigned int flags)
+{
+    return syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, flags) < 0 ? -errno : 0;
+}
+
+int ap_pidfd_get_exit(int pidfd, int *ret_status)
+{
+    struct pidfd_info_v0 info = {.mask = INFO_EXIT};
+
+    if (ioctl(pidfd, GET_INFO_V0, &info) < 0)
+        return -errno;
+    if (!(info.mask & INFO_EXIT))
+        return 0;
+    *ret_status = info.exit_code;
+    return 1;
+}
+
+static int exit_at_once(void *unused)
+{
+    (void)unused;
+    _exit(0);
+}
+
+int ap_probe_exit_info(void)
+{
+    _Alignas(16) char stack[4096]; /* the child shares our memory, as after vfork(2), and only calls _exit */
+    ap_exit ended;
+    int pidfd = -1, status, told;
+    int pid = clone(exit_at_once, stack + sizeof stack, CLONE_PIDFD | CLONE_VM | CLONE_VFORK, NULL, &pidfd);
+
+    if (pid < 0)
+        return -errno;
+    /* CLONE_VFORK: it has ended. Its exit signal is 0, so nobody but us (who ask with __WALL) can reap it. */
+    if (pidfd < 0) { /* Linux before 5.2 ignores CLONE_PIDFD */
+        (void)ap_waitid(P_PID, pid, WEXITED, &ended);
+        return -ENOSYS;
+    }
+    (void)ap_waitid(P_PID, pid, WEXITED, &ended);
+    told = ap_pidfd_get_exit(pidfd, &status) == 1;
+    (void)close(pidfd);
+    return told;
+}

@@ -1,0 +1,44 @@
+/* One function per system call on a pidfd. Every function returns -errno on failure and then leaves its outputs alone. */
+#ifndef AP_PIDFD_H
+#define AP_PIDFD_H
+
+/* Where the status in an ap_exit comes from. */
+enum {
+    AP_SOURCE_REAPED = 0,    /* waitid took it; the zombie is gone */
+    AP_SOURCE_PEEKED = 1,    /* waitid showed it (WNOWAIT); the zombie is left for its owner */
+    AP_SOURCE_RECOVERED = 2, /* somebody else reaped; PIDFD_GET_INFO told the status */
+    AP_SOURCE_LOST = 3,      /* somebody else reaped and nobody can tell; status is 0 */
+    AP_SOURCE_PENDING = 4    /* ended, and not ours to reap; the status may come when its parent reaps it */
+};
+
+/* How one process ended. rusage is the kernel's own layout: utime s, us, stime s, us, then 14 counters. */
+typedef struct {
+    int pid;
+    int pidfd;  /* -1: none, or not to be closed with the batch */
+    int status; /* a wait status, as waitpid(2) gives it */
+    int source; /* AP_SOURCE_* */
+    long rusage[18];
+} ap_exit;
+
+/* Open a pidfd, close-on-exec, for the process `pid`. Linux 5.3. See pidfd_open(2). */
+int ap_pidfd_open(int pid);
+
+/* Wait as waitid(2) does, children of every kind included (__WALL is added to `options`), with the child's rusage.
+ * Returns 1 with pid, status, source and rusage of *ret_exit written, or 0 when WNOHANG found nothing.
+ * idtype 1 is P_PID, 3 is P_PIDFD (Linux 5.4; EINVAL before). */
+int ap_waitid(int idtype, int id, int options, ap_exit *ret_exit);
+
+/* Send a signal to the process that the pidfd names, and to no other. Linux 5.1. `flags`: 4 signals its process group
+ * (Linux 6.9, EINVAL before). ESRCH: it was reaped. See pidfd_send_signal(2). */
+int ap_pidfd_send_signal(int pidfd, int signal, unsigned int flags);
+
+/* Ask for the wait status of a process that was reaped, by whomever. Linux 6.15.
+ * Returns 1 with *ret_status written; 0 when the kernel has not published it: not reaped yet.
+ * -ENOTTY, -EINVAL, -ESRCH: this kernel (before 6.11, 6.13, 6.15) does not tell. */
+int ap_pidfd_get_exit(int pidfd, int *ret_status);
+
+/* Find out by trying whether a status can be recovered here: make a child that sends no signal, reap it, and ask.
+ * Returns 1 or 0; -errno when clone(2) with CLONE_PIDFD is refused. */
+int ap_probe_exit_info(void);
+
+#endif

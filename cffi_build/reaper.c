@@ -1,0 +1,131 @@
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "pidfd.h"
+#include "reaper.h"
+
+#include <errno.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* epoll's data word: the pidfd below, the pid above it, the peek flag on top. Pids end at 2^22, descriptors before 2^31. */
+#define PEEK ((uint64_t)1 << 63)
+
+static struct epoll_event interest(int pid, int pidfd, int flags)
+{
+    /* Edge-triggered, so that a process that cannot be reaped yet costs nothing until something about it changes. */
+    return (struct epoll_event){
+        .events = EPOLLIN | EPOLLET,
+        .data.u64 = (uint64_t)(uint32_t)pid << 32 | (uint32_t)pidfd | (flags & AP_ADD_PEEK ? PEEK : 0),
+    };
+}
+
+int ap_reaper_open(void)
+{
+    int reaper = epoll_create1(EPOLL_CLOEXEC);
+    return reaper < 0 ? -errno : reaper;
+}
+
+int ap_reaper_add(int reaper, int pid, int flags)
+{
+    int pidfd, err = 0;
+    ap_exit unused;
+
+    pidfd = ap_pidfd_open(pid);
+    if (pidfd < 0)
+        return pidfd;
+    if (flags & AP_ADD_CHECK_CHILD)
+        err = ap_waitid(P_PIDFD, pidfd, WEXITED | WNOHANG | WNOWAIT, &unused);
+    if (err >= 0)
+        err = ap_reaper_adopt(reaper, pid, pidfd, flags);
+    if (err < 0) {
+        (void)close(pidfd);
+        return err;
+    }
+    return pidfd;
+}
+
+int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
+{
+    struct epoll_event event = interest(pid, pidfd, flags);
+    return epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event) < 0 ? -errno : 0;
+}
+
+int ap_reaper_modify(int reaper, int pid, int pidfd, int flags)
+{
+    struct epoll_event event = interest(pid, pidfd, flags);
+    return epoll_ctl(reaper, EPOLL_CTL_MOD, pidfd, &event) < 0 ? -errno : 0;
+}
+
+void ap_reaper_remove(int reaper, int pidfd)
+{
+    /* DEL before close: a forked process may hold a copy, and then close alone would leave the interest in the set,
+     * out of reach and firing for ever. */
+    (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
+    (void)close(pidfd);
+}
+
+/* How the process ended whose pidfd has become readable. Returns 1 with *ret_exit written, 0 for "not yet". */
+static int reap_one(int pid, int pidfd, int options, uint32_t events, ap_exit *ret_exit)
+{
+    int told, err = ap_waitid(P_PIDFD, pidfd, options, ret_exit);
+
+    if (err < 0 && err != -ECHILD) /* a filter put in place since: the pid is as good, since only we could have reaped it */
+        err = ap_waitid(P_PID, pid, options, ret_exit);
+    if (err >= 0)
+        return err;
+
+    /* ECHILD: somebody else has reaped it, is about to, or is its parent. */
+    told = ap_pidfd_get_exit(pidfd, &ret_exit->status);
+    if (told == 1)
+        ret_exit->source = AP_SOURCE_RECOVERED;
+    else if (told == 0 && !(events & EPOLLHUP)) /* not reaped yet, or in this instant: EPOLLHUP follows for certain */
+        ret_exit->source = AP_SOURCE_PENDING;
+    else {
+        ret_exit->source = AP_SOURCE_LOST;
+        ret_exit->status = 0;
+    }
+    return 1;
+}
+
+int ap_reaper_reap(int reaper, ap_batch *batch)
+{
+    struct epoll_event events[AP_BATCH];
+    int i, ready;
+
+    if (batch->count > 0)
+        return batch->count;
+    ready = epoll_wait(reaper, events, AP_BATCH, 0);
+    if (ready < 0)
+        return -errno;
+    for (i = 0; i < ready; i++) {
+        uint64_t data = events[i].data.u64;
+        int pid = (int)(data >> 32 & 0x7fffffff), pidfd = (int)(data & 0xffffffff);
+        int options = WEXITED | WNOHANG | (data & PEEK ? WNOWAIT : 0);
+        ap_exit *ended = &batch->exits[batch->count];
+
+        if (!reap_one(pid, pidfd, options, events[i].events, ended))
+            continue;
+        ended->pid = pid;
+        if (ended->source == AP_SOURCE_PENDING)
+            ended->pidfd = -1; /* stays in the reaper, and open */
+        else {
+            ended->pidfd = pidfd;
+            (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
+        }
+        batch->count++;
+    }
+    return batch->count;
+}
+
+void ap_batch_release(ap_batch *batch)
+{
+    int i;
+
+    for (i = 0; i < batch->count; i++)
+        if (batch->exits[i].pidfd >= 0)
+            (void)close(batch->exits[i].pidfd);
+    batch->count = 0;
+}

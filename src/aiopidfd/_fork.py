@@ -1,0 +1,226 @@
+"""`afork()`: fork the running server, and wait until the child is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import cast
+
+from . import _child, _linux
+from ._child import Options, Ready
+from ._exit import ExitStatus
+from ._process import AbstractChildProcess, watch_forked
+from ._registry import registry_of
+
+# How long a child that has closed its end of the gate without a word may take to end, before it is killed.
+_SILENCE_S = 1.0
+
+# Forks take turns, so that no child inherits the gate of another one that is being made at the same time.
+_fork_lock = threading.Lock()
+
+# The parent's ends of the gates of children that are not ready yet: no other child may hold a copy.
+_gates: set[socket.socket] = set()
+_hooked = False
+
+
+class ChildStartError(Exception):
+    """A forked child has ended before it was ready. `exit_status` tells how."""
+
+    def __init__(self, message: str, exit_status: ExitStatus) -> None:
+        super().__init__(message, exit_status)
+        self.exit_status = exit_status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+async def afork(
+    child_func: Callable[[], int | None],
+    *,
+    ready: Ready = "auto",
+    start_new_session: bool = False,
+    process_group: int | None = None,
+    pdeathsig: int | None = None,
+) -> AbstractChildProcess:
+    """Fork this process, run `child_func` in the child, and return its handle once the child is ready.
+
+    The child is a real fork: closures work, nothing is pickled, memory is shared until it is written to. It starts clean:
+    no running loop, no current task, no wakeup descriptor, every handled signal at its default (SIGINT raises
+    KeyboardInterrupt), the signal mask as it was. It may run a loop of its own, and afork in turn. It never comes back into
+    the parent's code: it ends with `child_func`.
+
+    The child's end: None or 0..255 from `child_func` is its exit code. Anything else, and an exception, is a traceback and
+    exit code 1. SystemExit does what it does in the interpreter. KeyboardInterrupt ends the child by SIGINT (-2).
+
+    Forking a process that has other threads is unsafe: a lock that one of them holds is never released in the child.
+    Python 3.12+ warns of it, and so does this call, before it forks.
+
+    Args:
+        ready: "auto": ready when it is clean and signals reach it. "manual": when it calls `notify_ready()`; until then this
+            call waits (put `asyncio.timeout` or `asyncio.wait_for` around it).
+        start_new_session: call setsid(2) in the child.
+        process_group: call setpgid(2) in the child with this group; 0 makes a new one.
+        pdeathsig: the signal that the child gets when its parent dies: more exactly, when the *thread* that forked it ends.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; nothing was created.
+        ChildStartError: the child ended before it was ready. It has been reaped.
+        OSError: EAGAIN, ENOMEM: fork(2) failed. EMFILE, ENFILE: out of descriptors.
+
+    Cancellation kills the half-made child and reaps it before it goes on.
+    """
+    options = Options(ready, start_new_session, process_group, pdeathsig)
+    _check_arguments(child_func, options)
+    loop = asyncio.get_running_loop()
+    _warn_of_threads()
+    child, gate = _fork(loop, child_func, options)
+    try:
+        await _wait_ready(loop, child, gate)
+    except BaseException:
+        child.detach()
+        await _end(child)
+        raise
+    finally:
+        _gates.discard(gate)
+        gate.close()
+    return child
+
+
+def _check_arguments(child_func: object, options: Options) -> None:
+    if not callable(child_func):
+        raise TypeError(f"child_func must be callable, not {type(child_func).__name__}")
+    if inspect.iscoroutinefunction(child_func) or inspect.isasyncgenfunction(child_func):
+        raise TypeError("child_func must be a plain function; let it call asyncio.run() to run a coroutine")
+    if inspect.isgeneratorfunction(child_func):
+        raise TypeError("child_func must be a plain function, not a generator function")
+    if options.ready not in ("auto", "manual"):
+        raise ValueError(f"ready must be 'auto' or 'manual', not {options.ready!r}")
+    group = options.process_group
+    if group is not None:
+        if not isinstance(group, int) or isinstance(group, bool):
+            raise TypeError(f"process_group must be an int or None, not {type(group).__name__}")
+        if group < 0:
+            raise ValueError(f"process_group must not be negative, and is {group}")
+        if options.start_new_session:
+            raise ValueError("start_new_session makes a process group of its own; process_group cannot be given, too")
+    if options.pdeathsig is not None and options.pdeathsig not in signal.valid_signals():
+        raise ValueError(f"pdeathsig must be a signal number or None, not {options.pdeathsig!r}")
+
+
+def _warn_of_threads() -> None:
+    """Warn of other threads before the fork, as Python 3.12+ does after it, and in the name of the caller's line.
+
+    Before, since a warning that a filter turns into an exception must not lose a child that exists already.
+    """
+    if sys.version_info >= (3, 12) and len(os.listdir("/proc/self/task")) > 1:
+        warnings.warn(
+            f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
+            "Fork before threads are started.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+
+
+def _fork(
+    loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options
+) -> tuple[AbstractChildProcess, socket.socket]:
+    """Fork, and let the child out of its gate once it is watched. Return it with the parent's end of the gate."""
+    global _hooked  # noqa: PLW0603 - a process has one at-fork hook
+    registry_of(loop)  # fails before the fork if it must
+    if not _hooked:
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+        _hooked = True
+    with _fork_lock, contextlib.ExitStack() as undo:
+        gate, child_gate = socket.socketpair()
+        undo.callback(gate.close)
+        with child_gate:
+            _gates.add(gate)
+            undo.callback(_gates.discard, gate)
+            _child.flush_streams()  # else both of us would write what is buffered
+            parent_pid = os.getpid()
+            old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                pid = _fork_without_warning()
+                if pid == 0:
+                    _child.live(_child.Birth(child_func, options, child_gate.fileno(), old_mask, loop, parent_pid))
+                try:
+                    child = watch_forked(pid, pgid=options.pgid)
+                except BaseException:
+                    # It stands at the gate, so nobody can have reaped it: the pid is still its own.
+                    os.kill(pid, signal.SIGKILL)
+                    _linux.wait_id(_linux.P_PID, pid, os.WEXITED)
+                    raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+        with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
+            gate.send(b"g")
+        gate.setblocking(False)
+        undo.pop_all()
+    return child, gate
+
+
+def _fork_without_warning() -> int:
+    if sys.version_info < (3, 12):
+        return os.fork()
+    with warnings.catch_warnings():
+        # _warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
+        warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, __name__)
+        return os.fork()
+
+
+def _after_fork_in_child() -> None:
+    """In any forked child: let go of the gates, so that each has one holder on either side."""
+    global _fork_lock  # noqa: PLW0603 - it is held, by the thread that forks or by one that does not exist here
+    _fork_lock = threading.Lock()
+    for gate in _gates:
+        gate.close()
+    _gates.clear()
+    _child.forget_readiness()
+
+
+async def _wait_ready(loop: asyncio.AbstractEventLoop, child: AbstractChildProcess, gate: socket.socket) -> None:
+    """Wait until the child says that it is ready; raise ChildStartError if it ends instead."""
+    said: asyncio.Future[object] = loop.create_future()
+
+    def read() -> None:
+        try:
+            word = gate.recv(1)
+        except (BlockingIOError, InterruptedError):
+            return
+        except ConnectionError:  # ended with our word unread
+            word = b""
+        loop.remove_reader(gate.fileno())
+        if not said.done():
+            said.set_result(bool(word))
+
+    loop.add_reader(gate.fileno(), read)
+    end: asyncio.Future[ExitStatus] = child._end.future
+    try:
+        await asyncio.wait({said, cast("asyncio.Future[object]", end)}, return_when=asyncio.FIRST_COMPLETED)
+        if said.done() and said.result():
+            return
+        if not end.done():  # it has closed its end of the gate: in dying, we trust
+            await asyncio.wait([end], timeout=_SILENCE_S)
+            if not end.done():
+                child.kill()
+        status = await asyncio.shield(end)
+    finally:
+        loop.remove_reader(gate.fileno())
+    raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
+
+
+async def _end(child: AbstractChildProcess) -> None:
+    """Kill a child that is not ready, and reap it, however often we are cancelled meanwhile."""
+    if child.returncode is None:
+        child._registry.send_signal(child._child, signal.SIGKILL)
+    while not child._end.future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([child._end.future])

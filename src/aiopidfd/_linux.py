@@ -1,0 +1,208 @@
+"""The kernel as we use it: facts about its versions, and typed calls that raise OSError.
+
+Facts that the code above rests on (Linux versions; checked on 6.18 where not said otherwise):
+
+* pidfd_send_signal 5.1, clone with CLONE_PIDFD 5.2, pidfd_open and polling a pidfd 5.3, waitid with P_PIDFD 5.4
+  (EINVAL before). A seccomp filter may answer ENOSYS, EPERM or EACCES for any of them.
+* A pidfd becomes readable when the process is a zombie. EPOLLHUP when it has been reaped, since 6.9.
+* PIDFD_GET_INFO with PIDFD_INFO_EXIT tells the status of a reaped process, since 6.15, to any holder of a pidfd that was
+  opened before the reap. Between the reap and EPOLLHUP there is an instant in which it does not tell yet.
+* waitid on a pidfd whose process is being traced by another one finds nothing, although the pidfd is readable.
+* The shared epoll after fork: what a child changes in an inherited epoll descriptor changes for its parent.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+from ._exit import RUSAGE_SIZE
+from ._ext import ffi, lib
+
+P_PID: Final = 1
+P_PIDFD: Final = 3
+PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # Linux 6.9; EINVAL before
+
+ADD_PEEK: Final = lib.AP_ADD_PEEK
+ADD_CHECK_CHILD: Final = lib.AP_ADD_CHECK_CHILD
+
+SOURCE_REAPED: Final = lib.AP_SOURCE_REAPED
+SOURCE_PEEKED: Final = lib.AP_SOURCE_PEEKED
+SOURCE_RECOVERED: Final = lib.AP_SOURCE_RECOVERED
+SOURCE_LOST: Final = lib.AP_SOURCE_LOST
+SOURCE_PENDING: Final = lib.AP_SOURCE_PENDING
+
+# pidfds cannot be used here at all, as against: short of descriptors, or nothing there to open.
+FORBIDDEN: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})
+OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
+
+
+def _explain(code: int) -> str:
+    """Say in words what `code` means for a call on a pid or a pidfd, and what helps."""
+    if code == errno.ESRCH:
+        return "no such process: it has ended and was reaped, or never was"
+    if code == errno.ECHILD:
+        return "not a child of this process, or already reaped; aiopidfd.wait() can wait for it"
+    if code == errno.EMFILE:
+        return f"out of descriptors; raise RLIMIT_NOFILE (soft limit {resource.getrlimit(resource.RLIMIT_NOFILE)[0]})"
+    if code == errno.ENFILE:
+        return "the system is out of descriptors; raise fs.file-max"
+    if code in FORBIDDEN:
+        return f"{os.strerror(code)}: pidfds are not available here (Linux before 5.4, or a seccomp filter)"
+    return os.strerror(code)
+
+
+def error(code: int, call: str) -> OSError:
+    """Make the OSError (of the right subclass) for `call` having failed with errno `code`."""
+    return OSError(code, f"{call}: {_explain(code)}")
+
+
+def open_pidfd(pid: int) -> int:
+    """Return a new pidfd for `pid`, close-on-exec. ESRCH if it is gone. See pidfd_open(2)."""
+    fd = lib.ap_pidfd_open(pid)
+    if fd < 0:
+        raise error(-fd, f"pidfd_open(pid {pid})")
+    return fd
+
+
+def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
+    """Signal the process behind `pidfd` and no other. ESRCH once it was reaped. See pidfd_send_signal(2)."""
+    result = lib.ap_pidfd_send_signal(pidfd, signal, flags)
+    if result < 0:
+        raise error(-result, f"pidfd_send_signal(signal {signal})")
+
+
+class Exit:
+    """One `ap_exit` for a single waitid call: pid, status, source and rusage as the C side writes them."""
+
+    __slots__ = ("pid", "rusage", "source", "status")
+
+    def __init__(self, pid: int, status: int, source: int, rusage: bytes) -> None:
+        self.pid = pid
+        self.status = status
+        self.source = source
+        self.rusage = rusage
+
+
+_RECORD: Final = struct.Struct(f"@4i{RUSAGE_SIZE}s")
+if _RECORD.size != ffi.sizeof("ap_exit"):
+    raise ImportError("aiopidfd._ext was built for another architecture; install aiopidfd anew")
+
+
+def wait_id(idtype: int, id_: int, options: int) -> Exit | None:
+    """Wait as waitid(2) does, with rusage; None if WNOHANG found nothing. ECHILD: no such child."""
+    ended = ffi.new("ap_exit *")
+    result = lib.ap_waitid(idtype, id_, options, ended)
+    if result < 0:
+        raise error(-result, f"waitid({'pidfd' if idtype == P_PIDFD else 'pid'} {id_})")
+    if result == 0:
+        return None
+    pid, _, status, source, rusage = _RECORD.unpack(ffi.buffer(ended))
+    return Exit(pid, status, source, rusage)
+
+
+def get_exit(pidfd: int) -> int | None:
+    """Return the wait status of a process that somebody has reaped; None if nobody has yet.
+
+    ENOTTY, EINVAL, ESRCH: this kernel (before 6.11, 6.13, 6.15) does not tell.
+    """
+    status = ffi.new("int *")
+    result = lib.ap_pidfd_get_exit(pidfd, status)
+    if result < 0:
+        raise error(-result, "ioctl(PIDFD_GET_INFO)")
+    return int(status[0]) if result else None
+
+
+def can_recover_exit() -> bool:
+    """Return whether the status of a child that somebody else reaped can be had here, found out by trying."""
+    return lib.ap_probe_exit_info() == 1
+
+
+class Reaper:
+    """One epoll descriptor that holds many pidfds. The C contract is in cffi_build/reaper.h."""
+
+    __slots__ = ("_batch", "_fd", "_records")
+
+    def __init__(self) -> None:
+        """Open it. EMFILE, ENFILE: out of descriptors."""
+        fd = lib.ap_reaper_open()
+        if fd < 0:
+            raise error(-fd, "epoll_create1()")
+        self._fd = fd
+        self._batch = ffi.new("ap_batch *")
+        self._records = memoryview(ffi.buffer(self._batch))[ffi.offsetof("ap_batch", "exits") :]
+
+    def fileno(self) -> int:
+        """Return the epoll descriptor; -1 once closed."""
+        return self._fd
+
+    def add(self, pid: int, flags: int) -> int:
+        """Open a pidfd for `pid` and hold it; return it. Errors as in reaper.h."""
+        pidfd = lib.ap_reaper_add(self._fd, pid, flags)
+        if pidfd < 0:
+            raise error(-pidfd, f"cannot watch pid {pid}")
+        return pidfd
+
+    def adopt(self, pid: int, pidfd: int, flags: int) -> None:
+        """Hold an open pidfd. EEXIST: held already; EBADF, EPERM: not a pidfd."""
+        result = lib.ap_reaper_adopt(self._fd, pid, pidfd, flags)
+        if result < 0:
+            raise error(-result, f"cannot watch pid {pid} by pidfd {pidfd}")
+
+    def modify(self, pid: int, pidfd: int, flags: int) -> None:
+        """Change the flags of a held pidfd."""
+        result = lib.ap_reaper_modify(self._fd, pid, pidfd, flags)
+        if result < 0:
+            raise error(-result, f"cannot change how pid {pid} is watched")
+
+    def remove_pidfd(self, pidfd: int) -> None:
+        """Let go of a pidfd and close it."""
+        lib.ap_reaper_remove(self._fd, pidfd)
+
+    def reap(self) -> Iterator[tuple[int, int, int, int, bytes]]:
+        """Reap what has ended; return (pid, pidfd, status, source, rusage) of each, also of those not released yet."""
+        count = lib.ap_reaper_reap(self._fd, self._batch)
+        if count < 0:
+            raise error(-count, "epoll_wait()")
+        return _RECORD.iter_unpack(self._records[: count * _RECORD.size])
+
+    def keep_open(self, pidfd: int) -> None:
+        """Take `pidfd` out of the batch: somebody else has closed it."""
+        for i in range(self._batch.count):
+            if self._batch.exits[i].pidfd == pidfd:
+                self._batch.exits[i].pidfd = -1
+
+    def release(self) -> None:
+        """Close the pidfds of the batch and empty it."""
+        lib.ap_batch_release(self._batch)
+
+    def close(self) -> None:
+        """Close the epoll descriptor; in a forked child, the copy of it: what its parent watches stays as it is."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def caught_signals() -> list[int]:
+    """Return the signals that have a handler in this process, Python's or a C library's."""
+    mask = lib.ap_caught_signals()
+    return [number for number in range(1, 65) if mask >> (number - 1) & 1]
+
+
+def set_pdeathsig(signal: int) -> None:
+    """Have `signal` sent to this process when the thread that forked it ends. EINVAL: no such signal."""
+    result = lib.ap_set_pdeathsig(signal)
+    if result < 0:
+        raise error(-result, f"prctl(PR_SET_PDEATHSIG, {signal})")
+
+
+def detach_epolls() -> int:
+    """Replace every inherited epoll descriptor of this process by /dev/null; return how many there were."""
+    count = lib.ap_detach_epolls()
+    if count < 0:
+        raise error(-count, "opendir(/proc/self/fd)")
+    return count

@@ -1,0 +1,224 @@
+"""The handle of one forked child: `AbstractChildProcess` and its two forms."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import warnings
+from abc import ABC, abstractmethod
+from types import TracebackType
+
+from ._exit import ExitStatus
+from ._registry import Child, Registry, logger, registry_of
+from ._watcher import check_pid
+
+
+class _End:
+    """The end of one child, kept apart from the handle so that the registry does not keep a dropped handle alive."""
+
+    __slots__ = ("future", "status")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.future: asyncio.Future[ExitStatus] = loop.create_future()
+        self.status: ExitStatus | None = None
+
+    def __call__(self, status: ExitStatus) -> None:
+        self.status = status
+        if not self.future.done():
+            self.future.set_result(status)
+
+
+class AbstractChildProcess(ABC):
+    """One child process of ours, watched by the loop that was running when the handle was made.
+
+    Signals go to this child and to nobody else, from any thread. `wait()` and `stop()` belong to the loop. A handle that is
+    dropped while its child runs gives a ResourceWarning; the child is reaped all the same, and never killed for it.
+    `async with` stops the child on the way out.
+    """
+
+    _detached = True  # until the child is ours: a constructor that fails has nothing to warn of
+
+    def _watch(self, pid: int, *, pidfd: int = -1, pgid: int | None = None, check: bool = True) -> None:
+        """Register with the running loop. `pgid`: the process group that was asked for, 0 for the child's own."""
+        loop = asyncio.get_running_loop()
+        end = _End(loop)
+        registry = registry_of(loop)
+        self._bind(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd), end, pgid)
+
+    def _bind(self, registry: Registry, child: Child, end: _End, pgid: int | None) -> None:
+        self._registry = registry
+        self._child = child
+        self._end = end
+        self._pgid = pgid
+        self._detached = False
+
+    def __repr__(self) -> str:
+        state = "running" if self.returncode is None else f"returncode={self.returncode}"
+        return f"<{type(self).__name__} pid={self.pid} {state}>"
+
+    def __del__(self) -> None:
+        if not self._detached and self._end.status is None:
+            warnings.warn(f"{self!r} was dropped; wait(), stop() or detach() it", ResourceWarning, source=self, stacklevel=2)
+
+    async def __aenter__(self) -> AbstractChildProcess:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            await self.stop()
+        except asyncio.CancelledError:
+            self.detach()
+            if self.returncode is None:
+                self.kill()  # no time to be polite; the registry reaps it
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process ID, also after the child has ended (when it may name another process)."""
+        return self._child.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or -signum; None while the child runs."""
+        return None if self._end.status is None else self._end.status.returncode
+
+    @property
+    def exit_status(self) -> ExitStatus | None:
+        """How the child has ended; None while it runs."""
+        return self._end.status
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return the pidfd, to poll or to pass on (not to close); -1 once the child has ended, or if there is none."""
+
+    def send_signal(self, sig: int) -> None:
+        """Send the signal to the child, and to no other process. If it has ended, log a warning and return.
+
+        Raises:
+            OSError: EINVAL, no such signal; EPERM, the child runs as another user now. See pidfd_send_signal(2).
+        """
+        if self._registry.send_signal(self._child, sig):
+            if sig == signal.SIGKILL:
+                logger.warning("Force-killed hanging child: %d", self.pid)
+        else:
+            self._warn_ended(sig)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def signal_group(self, sig: int) -> None:
+        """Send the signal to the child's process group, if one was asked for; never to a recycled group.
+
+        While the child is not reaped its group cannot be another one. After that a warning is logged, and nothing sent.
+
+        Raises:
+            RuntimeError: the child was not forked with `start_new_session` or `process_group`.
+            OSError: as `send_signal`.
+        """
+        if self._pgid is None:
+            raise RuntimeError("signal_group() needs a child forked with start_new_session=True or process_group=")
+        if not self._registry.signal_group(self._child, self._pgid or self.pid, sig):
+            self._warn_ended(sig)
+
+    def _warn_ended(self, sig: int) -> None:
+        logger.warning("signal %d not sent: child process %d has ended", sig, self.pid)
+
+    async def wait(self) -> int:
+        """Wait until the child has ended and return its returncode. Many tasks may wait; cancellation harms nobody.
+
+        Raises:
+            RuntimeError: called from another loop than the one that the handle belongs to.
+        """
+        self._check_loop()
+        returncode = (await asyncio.shield(self._end.future)).returncode
+        assert returncode is not None  # only of a stranger is it not known, and no handle is made for one
+        return returncode
+
+    async def stop(self, grace: float = 5.0) -> int:
+        """End the child and return its returncode: SIGTERM, then SIGKILL after `grace` seconds.
+
+        Cancellation leaves it with the signals that were sent until then.
+        """
+        self._check_loop()
+        if self.returncode is None:
+            self.terminate()
+            await asyncio.wait([self._end.future], timeout=grace)
+            if self.returncode is None:
+                self.kill()
+        return await self.wait()
+
+    def detach(self) -> None:
+        """Say that nobody will wait for the child: it is reaped when it ends, and dropping the handle warns of nothing."""
+        self._detached = True
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._registry.loop():
+            raise RuntimeError(f"{self!r} belongs to another event loop")
+
+
+class PidfdChildProcess(AbstractChildProcess):
+    """A child that is watched and signalled by pidfd."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        """Adopt an existing child of this process; `pidfd` is ours from now on, and closed when the child has ended.
+
+        Raises:
+            TypeError, ValueError: `pid` is not a positive int, or `pidfd` does not belong to it.
+            RuntimeError: there is no running loop.
+            ChildProcessError: it is not a child of this process.
+            OSError: EBADF, `pidfd` is not open.
+        """
+        check_pid(pid)
+        if not isinstance(pidfd, int):
+            raise TypeError(f"pidfd must be an int, not {type(pidfd).__name__}")
+        _check_pidfd(pid, pidfd)
+        self._watch(pid, pidfd=pidfd)
+
+    def fileno(self) -> int:
+        """Return the pidfd, to poll or to pass on, not to close; -1 once the child has ended."""
+        return self._child.pidfd
+
+
+class PosixChildProcess(AbstractChildProcess):
+    """A child that is watched and signalled by pid, where pidfds are forbidden: safe, since only we reap it."""
+
+    def __init__(self, pid: int) -> None:
+        """Adopt an existing child of this process.
+
+        Raises:
+            TypeError, ValueError: `pid` is not a positive int.
+            RuntimeError: there is no running loop.
+            ProcessLookupError, ChildProcessError: it is gone, or not a child of this process.
+        """
+        check_pid(pid)
+        self._watch(pid)
+
+    def fileno(self) -> int:
+        """Return -1: there is no pidfd."""
+        return -1
+
+
+def watch_forked(pid: int, *, pgid: int | None) -> AbstractChildProcess:
+    """Return the handle of a child that has just been forked and cannot end unseen. `pgid`: as `_watch`."""
+    handle = PidfdChildProcess.__new__(PidfdChildProcess)
+    handle._watch(pid, pgid=pgid, check=False)
+    return handle
+
+
+def _check_pidfd(pid: int, pidfd: int) -> None:
+    """Raise ValueError unless `pidfd` is a pidfd of the process `pid`."""
+    with open(f"/proc/self/fdinfo/{pidfd}" if pidfd >= 0 else os.devnull, encoding="ascii") as fdinfo:
+        for line in fdinfo:
+            if line.startswith("Pid:"):
+                if int(line.split()[1]) == pid:
+                    return
+                break
+    raise ValueError(f"descriptor {pidfd} is not a pidfd of process {pid}")

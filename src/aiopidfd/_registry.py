@@ -1,0 +1,361 @@
+"""One loop's registry of watched processes: who is watched, by which backend, who is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from . import _linux
+from ._backend import Backend
+from ._exit import LOST_RETURNCODE, ExitStatus, Source
+from ._pidfd import PidfdBackend
+
+logger = logging.getLogger("aiopidfd")
+
+Observer = Callable[[ExitStatus], object]
+
+_SOURCES: dict[int, Source] = {
+    _linux.SOURCE_REAPED: "reaped",
+    _linux.SOURCE_PEEKED: "peeked",
+    _linux.SOURCE_RECOVERED: "recovered",
+    _linux.SOURCE_LOST: "lost",
+}
+
+# How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
+STRANGER_GRACE_S = 1.0
+
+
+class Child:
+    """One watched process of one loop.
+
+    `pidfd` is -1 from the moment it was reaped (or if the backend has none), `ended` is true from then on. `observers` maps
+    whoever watches to what to call; a second entry of the same key replaces the first.
+    """
+
+    __slots__ = ("backend", "ended", "observers", "peek", "peekers", "pid", "pidfd", "stranger")
+
+    def __init__(self, pid: int, pidfd: int, backend: Backend, *, peek: bool, stranger: bool) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.backend = backend
+        self.peek = peek
+        self.stranger = stranger
+        self.ended = False
+        self.observers: dict[object, Observer] = {}
+        self.peekers: set[object] = set()  # the observers that asked for reap=False
+
+
+class Registry:
+    """The watched processes of one loop.
+
+    Methods may be called from any thread; observers are called in the loop's. The lock makes a reap, and the closing of
+    pidfds after it, one step for other threads, so that nobody uses a descriptor that has just become another process's.
+    It is re-entrant since a Python signal handler may run between any two steps of ours and call us.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Open the backend and register it with `loop`. OSError EMFILE, ENFILE: out of descriptors."""
+        # Weak: the loop owns us, by way of its reader. A strong reference would keep it alive in _registries for ever.
+        self.loop = weakref.ref(loop)
+        self.closed = False
+        self._lock = threading.RLock()
+        self._children: dict[int, Child] = {}
+        self._untold: deque[tuple[Child, ExitStatus]] = deque()
+        self._backend = PidfdBackend()
+        reader = _Reader(self)
+        # Closing a loop drops its readers: that is how we hear of it, on every kind of loop, by public means alone.
+        weakref.finalize(reader, self.close).atexit = False
+        if loop.is_running() and asyncio._get_running_loop() is not loop:
+            loop.call_soon_threadsafe(loop.add_reader, self._backend.fileno(), reader)
+        else:
+            loop.add_reader(self._backend.fileno(), reader)
+
+    def __repr__(self) -> str:
+        return f"<Registry {'closed' if self.closed else 'open'} children={len(self._children)} of {self.loop()!r}>"
+
+    def observe(
+        self,
+        pid: int,
+        key: object,
+        observer: Observer,
+        *,
+        reap: bool = True,
+        check: bool = True,
+        stranger: bool = False,
+        pidfd: int = -1,
+    ) -> Child:
+        """Have `observer` called with the ExitStatus of `pid`, once, in the loop's thread.
+
+        Args:
+            key: whose observer this is; the same key again replaces it.
+            reap: false leaves the zombie for its owner, if all observers of the process say so.
+            check: make sure that it is a child of ours (one system call); false for those that we made ourselves.
+            stranger: watch it even if it is not a child of ours.
+            pidfd: an open pidfd of the process, ours from now on if this call succeeds.
+
+        Raises:
+            OSError: as Backend.add.
+        """
+        with self._lock:
+            if self.closed:
+                raise RuntimeError("the event loop is closed")
+            child = self._children.get(pid)
+            if child is None:
+                child = self._add(pid, reap, check, stranger, pidfd)
+            elif pidfd >= 0:
+                os.close(pidfd)
+            child.observers[key] = observer
+            if reap:
+                child.peekers.discard(key)
+            else:
+                child.peekers.add(key)
+            if child.peek is reap:
+                self._agree_on_peek(child)
+            return child
+
+    def _add(self, pid: int, reap: bool, check: bool, stranger: bool, pidfd: int) -> Child:
+        backend = self._backend
+        flags = 0 if reap else _linux.ADD_PEEK
+        foreign = False
+        if pidfd >= 0:
+            backend.adopt(pid, pidfd, flags)
+        else:
+            try:
+                pidfd = backend.add(pid, flags | _linux.ADD_CHECK_CHILD if check else flags)
+            except ChildProcessError:
+                if not stranger:
+                    raise
+                pidfd, foreign = backend.add(pid, flags), True
+        child = self._children[pid] = Child(pid, pidfd, backend, peek=not reap, stranger=foreign)
+        return child
+
+    def unobserve(self, pid: int, key: object) -> bool:
+        """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
+        with self._lock:
+            child = self._children.get(pid)
+            if child is None or child.observers.pop(key, None) is None:
+                return False
+            child.peekers.discard(key)
+            if child.observers:
+                self._agree_on_peek(child)
+            else:
+                del self._children[pid]
+                child.backend.remove(pid, child.pidfd)
+                child.pidfd = -1
+            return True
+
+    def unobserve_all(self, key: object) -> list[int]:
+        """Take back every `observe` of `key`; return the pids."""
+        with self._lock:
+            return [pid for pid in tuple(self._children) if self.unobserve(pid, key)]
+
+    def _agree_on_peek(self, child: Child) -> None:
+        """Reap if one observer wants the process reaped, peek if all of them leave it."""
+        peek = len(child.peekers) == len(child.observers)
+        if peek is not child.peek:
+            child.backend.modify(child.pid, child.pidfd, _linux.ADD_PEEK if peek else 0)
+            child.peek = peek
+
+    def send_signal(self, child: Child, signal: int) -> bool:
+        """Signal `child`; return False if it has ended and there is nobody to signal."""
+        with self._lock:
+            if child.ended or child.pid not in self._children:
+                return False
+            try:
+                child.backend.send_signal(child.pid, child.pidfd, signal)
+            except ProcessLookupError:  # reaped by somebody else; we shall hear of it in a moment
+                return False
+            return True
+
+    def signal_group(self, child: Child, pgid: int, signal: int) -> bool:
+        """Signal the process group `pgid`, which `child` keeps from being recycled; return False if the child has ended."""
+        with self._lock:
+            if child.ended or child.pid not in self._children:
+                return False
+            try:
+                child.backend.signal_group(child.pid, child.pidfd, pgid, signal)
+            except ProcessLookupError:
+                return False
+            return True
+
+    def collect(self) -> None:
+        """Reap what has ended and tell the observers."""
+        try:
+            with self._lock:
+                self._reap(self._backend)
+            while self._untold:
+                child, status = self._untold.popleft()
+                # Taken one by one, so that nobody is told twice and nobody is forgotten when one of them raises.
+                while child.observers:
+                    _, observer = child.observers.popitem()
+                    self._tell(observer, status)
+        except BaseException:
+            # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
+            loop = self.loop()
+            if loop is not None and not loop.is_closed():
+                loop.call_soon(self.collect)
+            raise
+
+    def _reap(self, backend: Backend) -> None:
+        if self.closed:
+            return
+        children, untold = self._children, self._untold
+        for pid, pidfd, status, source, rusage in backend.reap():
+            child = children.get(pid)
+            if child is None:  # unobserved, and so closed, since it was reaped: by a signal handler of this very thread
+                backend.keep_open(pidfd)
+            elif source == _linux.SOURCE_PENDING:
+                if child.stranger:
+                    self._give_stranger_time(child)
+            else:
+                untold.append((child, self._exit_status(child, status, source, rusage)))
+                child.ended = True
+                child.pidfd = -1
+                del children[pid]
+        backend.release()
+
+    def _exit_status(self, child: Child, status: int, source: int, rusage: bytes) -> ExitStatus:
+        if source <= _linux.SOURCE_PEEKED:
+            return ExitStatus(child.pid, status, _SOURCES[source], rusage)
+        if source == _linux.SOURCE_LOST:
+            if child.stranger:
+                return ExitStatus(child.pid, 0, "not-child")
+            warn_lost(child.pid)
+        return ExitStatus(child.pid, status, _SOURCES[source])
+
+    def _give_stranger_time(self, child: Child) -> None:
+        loop = self.loop()
+        if loop is not None:
+            loop.call_later(STRANGER_GRACE_S, self._give_up_stranger, child)
+
+    def _give_up_stranger(self, child: Child) -> None:
+        """Report the end of a process whose parent does not reap it, so that its status is not told."""
+        with self._lock:
+            if child.ended or self._children.get(child.pid) is not child:
+                return
+            del self._children[child.pid]
+            child.backend.remove(child.pid, child.pidfd)
+            child.ended, child.pidfd = True, -1
+            self._untold.append((child, ExitStatus(child.pid, 0, "not-child")))
+        self.collect()
+
+    def _tell(self, observer: Observer, status: ExitStatus) -> None:
+        try:
+            observer(status)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            loop = self.loop()
+            if loop is not None:
+                loop.call_exception_handler(
+                    {"message": f"Exception in the exit callback for pid {status.pid}", "exception": exc}
+                )
+
+    def close(self) -> None:
+        """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            left = [child.pid for child in self._children.values() if not (child.peek or child.stranger)]
+            self._close_descriptors()
+        abandon(left)
+
+    def _close_descriptors(self) -> None:
+        self._backend.close()
+        for child in self._children.values():
+            if child.pidfd >= 0:
+                os.close(child.pidfd)
+                child.pidfd = -1
+        self._children.clear()
+
+    def forget_in_child(self) -> None:
+        """In a forked child: close the copies of the descriptors. What the parent watches stays as it is.
+
+        The lock is not taken: another thread of the parent may have held it, and that thread does not exist here.
+        """
+        if not self.closed:
+            self.closed = True
+            self._close_descriptors()
+
+
+class _Reader:
+    """What the loop calls when a backend is readable; its end is the end of the loop."""
+
+    __slots__ = ("__weakref__", "_registry")
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def __call__(self) -> None:
+        self._registry.collect()
+
+
+_registries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Registry] = weakref.WeakKeyDictionary()
+_registries_lock = threading.RLock()  # re-entrant as the registries' own, for signal handlers
+_abandoned: set[int] = set()  # children whose loop was closed
+_hooked = False
+
+
+def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
+    """Return the registry of `loop`, made on first use. RuntimeError: the loop is closed."""
+    global _hooked  # noqa: PLW0603 - a process has one at-fork hook, put in place by the first registry
+    if _abandoned:
+        reap_abandoned()
+    registry = _registries.get(loop)
+    if registry is None:
+        if loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        with _registries_lock:
+            registry = _registries.get(loop)
+            if registry is None:
+                if not _hooked:
+                    os.register_at_fork(after_in_child=_after_fork_in_child)
+                    _hooked = True
+                registry = _registries[loop] = Registry(loop)
+    return registry
+
+
+def find_registries() -> list[Registry]:
+    """Return the registries of all loops that have one."""
+    with _registries_lock:
+        return list(_registries.values())
+
+
+def _after_fork_in_child() -> None:
+    global _registries_lock  # noqa: PLW0603 - another thread of the parent may have held the lock at the fork
+    _registries_lock = threading.RLock()
+    registries = list(_registries.values())
+    _registries.clear()
+    _abandoned.clear()
+    for registry in registries:
+        registry.forget_in_child()
+
+
+def abandon(pids: list[int]) -> None:
+    """Take over the reaping of children whose loop was closed."""
+    _abandoned.update(pids)
+    reap_abandoned()
+
+
+def reap_abandoned() -> None:
+    """Reap those abandoned children that have ended."""
+    for pid in tuple(_abandoned):
+        try:
+            if _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+                continue
+        except ChildProcessError:  # somebody else has reaped it
+            pass
+        _abandoned.discard(pid)
+
+
+def warn_lost(pid: int) -> None:
+    """Log that the status of a child was taken by somebody else."""
+    logger.warning(
+        "child process pid %d: somebody else has read its exit status; will report returncode %d", pid, LOST_RETURNCODE
+    )

@@ -1,0 +1,157 @@
+"""`PidfdWatcher`, a child watcher for any loop, and `wait()`, for any process."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from ._exit import ExitStatus
+from ._registry import Registry, find_registries, registry_of
+
+
+def _watcher_base() -> type:
+    """Return asyncio's AbstractChildWatcher, of which set_child_watcher wants an instance; it is gone in Python 3.14."""
+    return getattr(asyncio, "AbstractChildWatcher", object)
+
+
+def check_pid(pid: object) -> None:
+    """Raise TypeError or ValueError unless `pid` can be a process."""
+    if not isinstance(pid, int) or isinstance(pid, bool):
+        raise TypeError(f"pid must be an int, not {type(pid).__name__}")
+    if not 0 < pid <= 0x7FFFFFFF:
+        raise ValueError(f"pid must be positive and below 2**31, not {pid}: groups and 'any child' cannot be watched")
+
+
+with warnings.catch_warnings():
+    # Python 3.12 and 3.13 warn of every subclass of AbstractChildWatcher; the user has made none.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    class PidfdWatcher(_watcher_base()):  # type: ignore[misc] # the base depends on the Python version
+        """A child watcher that works on every loop, in every thread, without signals and without threads.
+
+        `asyncio.set_child_watcher(PidfdWatcher())` (Python 3.9 to 3.13) makes asyncio's subprocesses use it. On every
+        Python and every loop `add_child_handler` works from the running loop. All watchers of one loop share one
+        registration and one reap per process. A watcher may be used from many loops.
+        """
+
+        def __init__(self) -> None:
+            self._loop: asyncio.AbstractEventLoop | None = None
+            self._closed = False
+            self._registry: Registry | None = None  # the last one used: its loop is most likely the next one's, too
+
+        def __repr__(self) -> str:
+            state = "closed" if self._closed else "active" if self.is_active() else "inactive"
+            return f"<PidfdWatcher {state} loop={self._loop!r}>"
+
+        def __enter__(self) -> PidfdWatcher:
+            return self
+
+        def __exit__(
+            self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+        ) -> None:
+            """Do nothing: asyncio enters its watcher for each subprocess, and goes on using it."""
+
+        def is_active(self) -> bool:
+            """Return whether `add_child_handler` would find a running loop."""
+            if self._closed:
+                return False
+            return asyncio._get_running_loop() is not None or (self._loop is not None and self._loop.is_running())
+
+        def attach_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+            """Use `loop` where no loop is running: in other threads, and before it runs. None: take that back.
+
+            Handlers that are pending when a loop is detached are dropped, with a RuntimeWarning, as by asyncio's watchers.
+            """
+            if loop is not None and not isinstance(loop, asyncio.AbstractEventLoop):
+                raise TypeError(f"attach_loop() needs an event loop or None, not {type(loop).__name__}")
+            if loop is self._loop and loop is not None:
+                return
+            if self._loop is not None and self._drop_handlers(self._loop):
+                warnings.warn(
+                    "A loop is being detached from a child watcher with pending handlers", RuntimeWarning, stacklevel=2
+                )
+            self._loop = loop
+            if loop is not None:
+                self._closed = False
+
+        def close(self) -> None:
+            """Detach the loop and drop the handlers of every loop. The processes go on, no longer watched by us."""
+            self._closed = True
+            self.attach_loop(None)
+            for registry in find_registries():
+                registry.unobserve_all(self)
+
+        def _drop_handlers(self, loop: asyncio.AbstractEventLoop) -> list[int]:
+            return [pid for registry in find_registries() if registry.loop() is loop for pid in registry.unobserve_all(self)]
+
+        def _get_registry(self) -> Registry:
+            loop = asyncio._get_running_loop() or self._loop
+            registry = self._registry
+            if registry is None or registry.loop() is not loop or registry.closed:
+                if self._closed:
+                    raise RuntimeError("the child watcher is closed")
+                if loop is None:
+                    raise RuntimeError(
+                        "no running event loop: call this from a coroutine or a callback, or attach_loop() first"
+                    )
+                registry = self._registry = registry_of(loop)
+            return registry
+
+        def add_child_handler(self, pid: int, callback: Callable[..., object], *args: Any) -> None:
+            """Have `callback(pid, returncode, *args)` called in the loop's thread, once, when the child ends.
+
+            Also if it has ended already and is a zombie. A second call for the same pid replaces the first. A status that
+            somebody else has taken is reported as 255 if the kernel cannot tell it (before Linux 6.15).
+
+            Raises:
+                TypeError, ValueError: `pid` is not a positive int, or `callback` cannot be called.
+                RuntimeError: there is no running loop, and none attached.
+                ProcessLookupError: there is no such process; if it was a child, somebody has reaped it.
+                ChildProcessError: it is not a child of this process; `wait()` can wait for it.
+                OSError: EMFILE, ENFILE, out of descriptors; ENOSYS, EPERM, EACCES, pidfds are forbidden here.
+            """
+            if type(pid) is not int or not 0 < pid <= 0x7FFFFFFF:
+                check_pid(pid)
+            if not callable(callback):
+                raise TypeError(f"callback must be callable, not {type(callback).__name__}")
+            self._get_registry().observe(pid, self, lambda status: callback(pid, status.returncode, *args))
+
+        def remove_child_handler(self, pid: int) -> bool:
+            """Take back `add_child_handler`; return whether there was a handler. The child is no longer reaped by us."""
+            return any(registry.unobserve(pid, self) for registry in find_registries())
+
+
+async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
+    """Wait until the process has ended, and return how.
+
+    Any process can be waited for: a child (also one that subprocess, multiprocessing or a C library has started) or a
+    stranger. A stranger's status is known since Linux 6.15, if its parent reaps it; otherwise its returncode is None
+    and its source "not-child". Cancellation leaves the process alone, and unwatched if nobody else waits.
+
+    Args:
+        pid: the process.
+        reap: False leaves the zombie to its owner, as `multiprocessing.Process` and `subprocess.Popen` expect.
+
+    Raises:
+        TypeError, ValueError: `pid` is not a positive int.
+        RuntimeError: there is no running loop.
+        ProcessLookupError: there is no such process, or it has ended and was reaped already.
+        OSError: EMFILE, ENFILE, out of descriptors; ENOSYS, EPERM, EACCES, pidfds are forbidden here.
+    """
+    check_pid(pid)
+    loop = asyncio.get_running_loop()
+    registry = registry_of(loop)
+    ended: asyncio.Future[ExitStatus] = loop.create_future()
+
+    def tell(status: ExitStatus) -> None:
+        if not ended.done():
+            ended.set_result(status)
+
+    registry.observe(pid, ended, tell, reap=reap, stranger=True)
+    try:
+        return await ended
+    finally:
+        registry.unobserve(pid, ended)
