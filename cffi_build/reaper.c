@@ -30,16 +30,11 @@ int ap_reaper_open(void)
 
 int ap_reaper_add(int reaper, int pid, int flags)
 {
-    int pidfd, err = 0;
-    ap_exit unused;
+    int err, pidfd = ap_pidfd_open(pid);
 
-    pidfd = ap_pidfd_open(pid);
     if (pidfd < 0)
         return pidfd;
-    if (flags & AP_ADD_CHECK_CHILD)
-        err = ap_waitid(P_PIDFD, pidfd, WEXITED | WNOHANG | WNOWAIT, &unused);
-    if (err >= 0)
-        err = ap_reaper_adopt(reaper, pid, pidfd, flags);
+    err = ap_reaper_adopt(reaper, pid, pidfd, flags);
     if (err < 0) {
         (void)close(pidfd);
         return err;
@@ -50,6 +45,13 @@ int ap_reaper_add(int reaper, int pid, int flags)
 int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
 {
     struct epoll_event event = interest(pid, pidfd, flags);
+    ap_exit unused;
+
+    if (flags & AP_ADD_CHECK_CHILD) {
+        int err = ap_waitid(P_PIDFD, pidfd, WEXITED | WNOHANG | WNOWAIT, &unused);
+        if (err < 0)
+            return err;
+    }
     return epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event) < 0 ? -errno : 0;
 }
 

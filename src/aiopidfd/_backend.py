@@ -37,6 +37,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def adopt(self, pid: int, pidfd: int, flags: int) -> None:
+        """Watch `pid` by an open pidfd. Raises as `add`; the pidfd then stays open, and the caller's."""
+
+    @abstractmethod
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change the flags of a watched child; if it has ended already it is reported according to the new ones."""
 

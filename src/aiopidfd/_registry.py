@@ -121,12 +121,13 @@ class Registry:
     def _add(self, pid: int, reap: bool, check: bool, stranger: bool, pidfd: int) -> Child:
         backend = self._backend
         flags = 0 if reap else _linux.ADD_PEEK
+        checked = flags | _linux.ADD_CHECK_CHILD if check else flags
         foreign = False
         if pidfd >= 0:
-            backend.adopt(pid, pidfd, flags)
+            backend.adopt(pid, pidfd, checked)
         else:
             try:
-                pidfd = backend.add(pid, flags | _linux.ADD_CHECK_CHILD if check else flags)
+                pidfd = backend.add(pid, checked)
             except ChildProcessError:
                 if not stranger:
                     raise

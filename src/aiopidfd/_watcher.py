@@ -80,6 +80,7 @@ with warnings.catch_warnings():
         def close(self) -> None:
             """Detach the loop and drop the handlers of every loop. The processes go on, no longer watched by us."""
             self._closed = True
+            self._registry = None
             self.attach_loop(None)
             for registry in find_registries():
                 registry.unobserve_all(self)

@@ -1,0 +1,1 @@
+"""Benchmarks of aiopidfd against its peers: `python -m bench --help`."""

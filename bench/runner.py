@@ -1,0 +1,94 @@
+"""Runs cells, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from .cell import Outcome
+from .plan import Job
+from .results import Cell
+
+_ROOT = Path(__file__).parent.parent
+
+
+def run_cell(job: Job, programs: Path, timeout_s: float) -> Cell:
+    """Run one cell and return its samples, or why there are none.
+
+    Returns when its last child has ended, too: they hold the cell's stdout. So the next cell has the machine for itself.
+    """
+    arguments = [job.benchmark, job.peer, str(job.x), str(job.samples), str(programs)]
+    start_s = time.monotonic()
+    # In a session of its own, so that Ctrl-C is ours alone: a cell that is killed takes its children with it.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.cell", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+        outcome = _read_outcome(process.returncode, output, errors)
+    except subprocess.TimeoutExpired:
+        outcome = {"error": f"not done after {timeout_s:.0f} s"}
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    cell = {**job._asdict(), **outcome, "seconds": round(time.monotonic() - start_s, 3)}
+    if "samples" in outcome:  # an own name for the number of samples that were asked for is not worth its space
+        cell["samples"] = {metric: [round(v, 2) for v in values] for metric, values in outcome["samples"].items()}
+    else:
+        del cell["samples"]
+    return cast("Cell", cell)
+
+
+def _read_outcome(returncode: int, output: str, errors: str) -> Outcome:
+    try:
+        outcome: Outcome = json.loads(output)
+    except ValueError:
+        last_line = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        return {"error": f"ended with {returncode}: {last_line}"}
+    return outcome
+
+
+def run_jobs(
+    jobs: list[Job],
+    programs: Path,
+    *,
+    timeout_s: float,
+    budget_s: float,
+    on_start: Callable[[int, Job], None],
+    on_end: Callable[[Cell], None],
+) -> str:
+    """Run all cells; return why some were left out, or an empty string.
+
+    A peer that is missing, or a cell that has failed, is not tried again in the next round. No cell is started when
+    `budget_s` is used up.
+    """
+    end_s = time.monotonic() + budget_s
+    given_up: set[tuple[str, str, int | None]] = set()
+    for number, job in enumerate(jobs):
+        if {(job.benchmark, job.peer, None), (job.benchmark, job.peer, job.x)} & given_up:
+            continue
+        if time.monotonic() > end_s:
+            return f"out of time after {number} of {len(jobs)} cells"
+        on_start(number, job)
+        try:
+            cell = run_cell(job, programs, timeout_s)
+        except KeyboardInterrupt:
+            return f"interrupted after {number} of {len(jobs)} cells"
+        on_end(cell)
+        if "missing" in cell:
+            given_up.add((job.benchmark, job.peer, None))
+        elif "error" in cell:
+            given_up.add((job.benchmark, job.peer, job.x))
+    return ""

@@ -1,0 +1,108 @@
+"""`python -m aiopidfd`: what works here; `python -m aiopidfd demo`: a server whose workers are killed and replaced."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from ._features import Features, features
+from ._fork import ChildStartError
+
+_DEMO = """\
+Run an HTTP server on 127.0.0.1 whose 4 workers are made by afork(), on uvloop if it is
+installed, and send requests to it all the while. Each second one worker is killed (by
+SIGKILL, by SIGSEGV, by having it exit with code 3, by SIGTERM, in turn) and replaced.
+Every exit is printed."""
+
+_EXIT_CODES = """exit codes:
+  0     done; of the demo: no exit was lost, and the server has answered after every kill
+  1     the demo has failed
+  2     the arguments are wrong
+  130   stopped by Ctrl-C (143: by SIGTERM)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments say, and return the exit code."""
+    arguments = _parse(argv)
+    try:
+        if arguments.command == "demo":
+            # Not before it is asked for: it imports uvloop.
+            from ._demo import run_demo  # noqa: PLC0415
+
+            return run_demo(arguments.kills)
+        print(format_features(features()), flush=True)
+    except KeyboardInterrupt:  # before the demo handles SIGINT itself
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # as by `| head`: nobody reads what we print
+        # Else the interpreter would try to flush it once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ChildStartError, OSError) as exc:
+        print(f"aiopidfd: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m aiopidfd",
+        description="Print what this kernel, this sandbox and this process allow, and which backend follows from it.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"aiopidfd {version('aiopidfd')}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="run an HTTP server whose workers are killed and replaced, and print every exit",
+        description=_DEMO,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "--kills", type=_parse_count, default=8, metavar="N", help="how many workers to kill, one a second (default: 8)"
+    )
+    return parser.parse_args(argv)
+
+
+def _parse_count(text: str) -> int:
+    count = int(text)  # argparse makes a message of the ValueError
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return count
+
+
+def format_features(found: Features) -> str:
+    """Return the features as an aligned table, with what each of them means."""
+    rows = [
+        ("", "here", "what for"),
+        ("pidfd_open", found.pidfd_open, "to watch a process (Linux 5.3)"),
+        ("waitid(P_PIDFD)", found.waitid_pidfd, "to reap a child (Linux 5.4)"),
+        ("pidfd_send_signal", found.pidfd_send_signal, "to signal a process and never a stranger (Linux 5.1)"),
+        ("PIDFD_INFO_EXIT", found.recover_exit, "to recover a status that somebody else has reaped (Linux 6.15)"),
+        ("SIGCHLD", found.sigchld, _explain_sigchld(found)),
+        ("RLIMIT_NOFILE", str(found.nofile), f"a watched child takes one descriptor; can be raised to {found.nofile_max}"),
+        ("backend", found.backend, found.reason),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{name:<{widths[0]}}  {here:<{widths[1]}}  {meaning}" for name, here, meaning in rows]
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return "\n".join([f"aiopidfd {version('aiopidfd')}, {python}, Linux {found.kernel}", "", *lines])
+
+
+def _explain_sigchld(found: Features) -> str:
+    if found.sigchld == "ignored":
+        return "the kernel reaps every child at once: " + (
+            "statuses are recovered" if found.recover_exit == "yes" else "statuses are lost"
+        )
+    return "not needed with pidfds" if found.backend == "pidfd" else "tells of exits, as pidfds cannot"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Children that do as they are told: they block on a pipe until a test lets them go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+
+class Held:
+    """A child that waits for `end(code)`, a signal, or the closing of the test's end of its pipe (code 0)."""
+
+    def __init__(self, program: str = "read code; exit ${code:-0}") -> None:
+        read, self.pipe = os.pipe()
+        try:
+            self.pid = os.posix_spawn("/bin/sh", ["sh", "-c", program], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
+        finally:
+            os.close(read)
+
+    def end(self, code: int) -> None:
+        """Let it exit with `code`."""
+        os.write(self.pipe, b"%d\n" % code)
+
+    def end_unreaped(self, code: int) -> None:
+        """Let it exit, and return once it is a zombie."""
+        self.end(code)
+        await_zombie(self.pid)
+
+    def close(self) -> None:
+        """Close the pipe: a child that still waits exits with 0."""
+        os.close(self.pipe)
+
+
+@contextlib.contextmanager
+def held(count: int = 1) -> Iterator[list[Held]]:
+    """`count` held children. Whoever is left at the end is killed and reaped."""
+    made: list[Held] = []
+    try:
+        for _ in range(count):
+            made.append(Held())
+        yield made
+    finally:
+        for child in made:
+            child.close()
+            with contextlib.suppress(ChildProcessError):  # reaped by the test
+                if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG) is None:
+                    os.kill(child.pid, signal.SIGKILL)
+                    os.waitpid(child.pid, 0)
+
+
+@contextlib.contextmanager
+def one_held() -> Iterator[Held]:
+    """One held child."""
+    with held() as (child,):
+        yield child
+
+
+def await_zombie(pid: int) -> None:
+    """Return once the child has ended; leave it unreaped."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+_PARENT = """
+import os, sys
+read, write = os.pipe()
+pid = os.posix_spawn("/bin/sh", ["sh", "-c", "read x; exit 11"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
+print(pid, flush=True)
+for order in sys.stdin:
+    if order == "end\\n":
+        os.write(write, b"\\n")
+    elif order == "reap\\n":
+        os.waitpid(pid, 0)
+"""
+
+
+class Stranger:
+    """A process that is a child of another process; it ends with code 11, and is reaped, when told."""
+
+    def __init__(self) -> None:
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._parent.stdout is not None
+        self.pid = int(self._parent.stdout.readline())
+
+    def tell(self, order: str) -> None:
+        """Say "end" or "reap" to its parent."""
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(f"{order}\n")
+        self._parent.stdin.flush()
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._parent.communicate()
