@@ -49,12 +49,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    run_on(_loop_factory(pyfuncitem.callspec.params["loop_factory"]), pyfuncitem.obj(**arguments))
+    run_on(_loop_factory(str(pyfuncitem.callspec.params["loop_factory"])), pyfuncitem.obj(**arguments))
     return True
 
 
 def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 60.0) -> Any:
-    """Run a coroutine as asyncio.run does, on a loop from `loop_factory`: what 3.12's asyncio.Runner does, on every Python."""
+    """Run a coroutine as asyncio.run does, on a loop from `loop_factory`."""
     loop = loop_factory()
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: errors.append(context))

@@ -164,7 +164,7 @@ async def test_parents_readers_survive_a_child_that_removes_them() -> None:
     read, write = os.pipe()
     os.set_blocking(read, False)
     got: asyncio.Future[bytes] = loop.create_future()
-    loop.add_reader(read, lambda: got.done() or got.set_result(os.read(read, 10)))
+    loop.add_reader(read, lambda: got.set_result(os.read(read, 10)))
 
     def do_the_worst() -> None:
         loop.remove_reader(read)
@@ -236,7 +236,7 @@ def interrupt_with_handler() -> None:
         (lambda: -1, 1, "TypeError"),
         (lambda: "text", 1, "TypeError"),
         (lambda: 1.0, 1, "TypeError"),
-        (lambda: sys.exit(), 0, ""),
+        (sys.exit, 0, ""),
         (lambda: sys.exit(3), 3, ""),
         (lambda: sys.exit(259), 3, ""),
         (lambda: sys.exit("goodbye"), 1, "goodbye\n"),
@@ -277,7 +277,7 @@ async def test_32_children_end_each_in_its_own_way() -> None:
 
     for _ in range(int(os.environ.get("AIOPIDFD_TEST_ROUNDS", "3"))):
         catching = await asyncio.gather(*[afork(catch, ready="manual") for _ in range(16)])
-        knowing_nothing = await asyncio.gather(*[afork(lambda: signal.pause()) for _ in range(16)])
+        knowing_nothing = await asyncio.gather(*[afork(signal.pause) for _ in range(16)])
         for child in catching:
             child.send_signal(signal.SIGINT)
         for child in knowing_nothing:
@@ -336,7 +336,7 @@ async def test_child_gets_pdeathsig_when_its_parent_dies() -> None:
 
     def middle() -> None:
         async def main() -> None:
-            child = await afork(lambda: signal.pause(), pdeathsig=signal.SIGTERM)
+            child = await afork(signal.pause, pdeathsig=signal.SIGTERM)
             child.detach()
             os.write(write, b"%d\n" % child.pid)
 
@@ -355,5 +355,5 @@ async def test_pdeathsig_of_a_parent_that_is_dead_already(monkeypatch: pytest.Mo
     """The race between the fork and prctl: forced by a child that sees another parent than the one it was told of."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(aiopidfd.ChildStartError) as caught:
-        await afork(lambda: signal.pause(), pdeathsig=signal.SIGTERM)
+        await afork(signal.pause, pdeathsig=signal.SIGTERM)
     assert caught.value.exit_status.returncode == -signal.SIGTERM

@@ -136,7 +136,7 @@ async def test_child_that_gives_up_its_readiness_but_lives_is_ended(monkeypatch:
         os.execv("/bin/sleep", ["sleep", "60"])
 
     with pytest.raises(ChildStartError) as caught:
-        await afork(exec_away, ready="manual")  # type: ignore[arg-type] # it never returns
+        await afork(exec_away, ready="manual")
     assert caught.value.exit_status.returncode == -signal.SIGKILL
 
 
@@ -359,7 +359,7 @@ async def test_group_is_signalled_as_a_whole() -> None:
         block()
 
     for options in ({"start_new_session": True}, {"process_group": 0}):
-        child = await afork(family, ready="manual", **options)  # type: ignore[arg-type] # each option has its own type
+        child = await afork(family, ready="manual", **options)
         assert os.getpgid(child.pid) == child.pid
         assert (os.getsid(child.pid) == child.pid) is ("start_new_session" in options)
         child.signal_group(signal.SIGTERM)
@@ -381,7 +381,7 @@ async def test_group_of_another_child_can_be_joined() -> None:
     async with await afork(block, process_group=0) as leader, await afork(block, process_group=leader.pid) as member:
         assert os.getpgid(member.pid) == leader.pid
         member.signal_group(signal.SIGUSR1)
-        assert await asyncio.gather(leader.wait(), member.wait()) == [-signal.SIGUSR1] * 2
+        assert [await leader.wait(), await member.wait()] == [-signal.SIGUSR1] * 2
 
 
 async def test_signal_group_without_a_group_is_an_error() -> None:

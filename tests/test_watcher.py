@@ -240,7 +240,7 @@ async def test_callback_that_cannot_be_called_is_refused() -> None:
 def test_without_a_loop_add_child_handler_says_what_is_missing() -> None:
     watcher = PidfdWatcher()
     assert not watcher.is_active()
-    with one_held() as child, pytest.raises(RuntimeError, match="no running event loop.*attach_loop"):
+    with one_held() as child, pytest.raises(RuntimeError, match=r"no running event loop.*attach_loop"):
         watcher.add_child_handler(child.pid, print)
 
 
@@ -297,7 +297,7 @@ def test_attach_loop_refuses_what_is_no_loop() -> None:
 
 def test_two_loops_in_two_threads_watch_at_once(loop_factory: LoopFactory) -> None:
     watcher = PidfdWatcher()  # one for both: a watcher belongs to no loop
-    results: list[list[tuple[Any, ...]]] = []
+    results: list[list[int]] = []
 
     async def watch() -> None:
         with held(50) as children:
@@ -355,7 +355,7 @@ def test_set_child_watcher_makes_asyncio_subprocesses_use_it() -> None:
         try:
             assert asyncio.run(main()) == (3, b"hello\n")
         finally:
-            asyncio.set_child_watcher(None)
+            asyncio.set_child_watcher(None)  # type: ignore[arg-type] # None resets it
     assert registered
     # Python 3.12 deprecates set_child_watcher itself, and says so once for each of our two calls; nothing else warns.
     assert [str(warning.message) for warning in caught if "set_child_watcher" not in str(warning.message)] == []

@@ -129,8 +129,10 @@ class Server:
             worker.expected = WAYS[way]
             worker.signalled_ns = killed_ns = time.monotonic_ns()
             worker.child.send_signal(way)
-            await asyncio.sleep(KILL_EVERY_S)
-            self._report.add_kill(is_answered=self._board[ANSWERED_NS] > killed_ns)
+            try:
+                await asyncio.sleep(KILL_EVERY_S)
+            finally:
+                self._report.add_kill(is_answered=self._board[ANSWERED_NS] > killed_ns)
 
     async def show_progress(self) -> None:
         """Keep the progress line up to date, until cancelled."""

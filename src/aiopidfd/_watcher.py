@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ._exit import ExitStatus
+from ._loops import plug, unplug
 from ._registry import Registry, find_registries, registry_of
 
 
@@ -61,8 +62,9 @@ with warnings.catch_warnings():
             return asyncio._get_running_loop() is not None or (self._loop is not None and self._loop.is_running())
 
         def attach_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
-            """Use `loop` where no loop is running: in other threads, and before it runs. None: take that back.
+            """Plug into `loop`: from now on its subprocesses go through us, whoever made the loop. None: take that back.
 
+            `add_child_handler` uses it where no loop is running: in other threads, and before it runs.
             Handlers that are pending when a loop is detached are dropped, with a RuntimeWarning, as by asyncio's watchers.
             """
             if loop is not None and not isinstance(loop, asyncio.AbstractEventLoop):
@@ -73,9 +75,12 @@ with warnings.catch_warnings():
                 warnings.warn(
                     "A loop is being detached from a child watcher with pending handlers", RuntimeWarning, stacklevel=2
                 )
+            if self._loop is not None:
+                unplug(self._loop, self)
             self._loop = loop
             if loop is not None:
                 self._closed = False
+                plug(loop, self)
 
         def close(self) -> None:
             """Detach the loop and drop the handlers of every loop. The processes go on, no longer watched by us."""

@@ -1,0 +1,331 @@
+"""Subprocess transports over the registry: the same on every loop."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from ._exit import ExitStatus
+from ._registry import Child, Registry, logger, registry_of, warn_lost
+
+ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
+Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]
+# What Popen takes as a program or an argument.
+StrOrPath = Any
+
+
+async def subprocess_exec(  # the signature is that of loop.subprocess_exec
+    loop: asyncio.AbstractEventLoop,
+    protocol_factory: ProtocolFactory,
+    program: StrOrPath,
+    *args: StrOrPath,
+    stdin: Any = subprocess.PIPE,
+    stdout: Any = subprocess.PIPE,
+    stderr: Any = subprocess.PIPE,
+    shell: bool = False,
+    **kwargs: Any,
+) -> Transported:
+    """Do what `loop.subprocess_exec` does, through the registry of `loop`."""
+    if shell:
+        raise ValueError("shell must be False")
+    return await _start(loop, protocol_factory, (program, *args), stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+
+
+async def subprocess_shell(
+    loop: asyncio.AbstractEventLoop,
+    protocol_factory: ProtocolFactory,
+    cmd: str | bytes,
+    *,
+    stdin: Any = subprocess.PIPE,
+    stdout: Any = subprocess.PIPE,
+    stderr: Any = subprocess.PIPE,
+    shell: bool = True,
+    **kwargs: Any,
+) -> Transported:
+    """Do what `loop.subprocess_shell` does, through the registry of `loop`."""
+    if not isinstance(cmd, (bytes, str)):
+        raise ValueError("cmd must be a string")
+    if not shell:
+        raise ValueError("shell must be True")
+    return await _start(loop, protocol_factory, cmd, shell=True, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+
+
+def _check_unsupported(
+    universal_newlines: bool = False,
+    bufsize: int = 0,
+    text: bool | None = None,
+    encoding: str | None = None,
+    errors: str | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Refuse what asyncio refuses, in its words; return the rest."""
+    if universal_newlines:
+        raise ValueError("universal_newlines must be False")
+    if bufsize != 0:
+        raise ValueError("bufsize must be 0")
+    if text:
+        raise ValueError("text must be False")
+    if encoding is not None:
+        raise ValueError("encoding must be None")
+    if errors is not None:
+        raise ValueError("errors must be None")
+    return kwargs
+
+
+async def _start(
+    loop: asyncio.AbstractEventLoop,
+    protocol_factory: ProtocolFactory,
+    args: Any,
+    **kwargs: Any,
+) -> Transported:
+    kwargs = _check_unsupported(**kwargs)
+    protocol = protocol_factory()
+    registry = registry_of(loop)  # fails before there is a process, if it must
+    process = subprocess.Popen(args, bufsize=0, **kwargs)  # noqa: ASYNC220 - it blocks until the exec, as asyncio's own does
+    try:
+        transport = SubprocessTransport(loop, registry, protocol, process)
+    except BaseException:
+        _end_unwatched(process)
+        raise
+    try:
+        await transport._connect()
+    except BaseException:
+        transport.close()
+        while transport.get_returncode() is None:  # however often we are cancelled meanwhile: it has been killed
+            try:
+                await transport._wait()
+            except asyncio.CancelledError:
+                continue
+        raise
+    if loop.get_debug():
+        logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
+    return transport, protocol
+
+
+def _end_unwatched(process: subprocess.Popen[bytes]) -> None:
+    """Kill and reap a process that could not be watched, and close our ends of its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+class SubprocessTransport(asyncio.SubprocessTransport):
+    """One subprocess and the transports of its pipes.
+
+    It differs from asyncio's in this: signals go by pidfd, so never to a recycled pid, and `Process.wait()` ends when
+    the process does, whoever still holds its pipes.
+    """
+
+    _closed = True  # until the process is watched: a constructor that fails has nothing to close
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        registry: Registry,
+        protocol: asyncio.SubprocessProtocol,
+        process: subprocess.Popen[bytes],
+    ) -> None:
+        super().__init__({"subprocess": process})
+        self._loop = loop
+        self._registry = registry
+        self._protocol: asyncio.SubprocessProtocol | None = protocol
+        self._process = process
+        self._returncode: int | None = None
+        self._exit_told = False
+        self._waiters: list[asyncio.Future[None]] = []
+        self._pipes: dict[int, _PipeProtocol] = {}
+        self._early: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = []  # before connection_made
+        self._child: Child | None = None
+        try:
+            self._child = registry.observe(process.pid, self, self._process_exited)
+        except (ProcessLookupError, ChildProcessError):
+            # Somebody else has reaped it between its birth and our pidfd_open.
+            warn_lost(process.pid)
+            loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "running" if self._returncode is None else f"returncode={self._returncode}"
+        pipes = "".join(f" {('stdin', 'stdout', 'stderr')[fd]}={pipe.transport!r}" for fd, pipe in self._pipes.items())
+        return f"<{type(self).__name__}{' closed' if self._closed else ''} pid={self._process.pid} {state}{pipes}>"
+
+    def __del__(self) -> None:
+        # The registry holds a transport whose process runs, so this one has ended, or its loop is closed: nothing to kill.
+        if not self._closed:
+            warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+    async def _connect(self) -> None:
+        """Connect the pipes, and the protocol after them."""
+        loop, process = self._loop, self._process
+        if process.stdin is not None:
+            await loop.connect_write_pipe(lambda: self._add_pipe(0), process.stdin)
+        if process.stdout is not None:
+            await loop.connect_read_pipe(lambda: self._add_pipe(1), process.stdout)
+        if process.stderr is not None:
+            await loop.connect_read_pipe(lambda: self._add_pipe(2), process.stderr)
+        connected = loop.create_future()
+        loop.call_soon(self._connection_made, connected)
+        await connected
+
+    def _add_pipe(self, fd: int) -> _PipeProtocol:
+        pipe = self._pipes[fd] = _PipeProtocol(self, fd)
+        return pipe
+
+    def _connection_made(self, connected: asyncio.Future[None]) -> None:
+        if not connected.cancelled():
+            connected.set_result(None)
+        assert self._protocol is not None
+        assert self._early is not None
+        early, self._early = self._early, None
+        self._protocol.connection_made(self)
+        for callback, args in early:
+            callback(*args)
+
+    def _call(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call a method that calls the protocol; later, if the protocol is not connected yet."""
+        if self._early is None:
+            callback(*args)
+        else:
+            self._early.append((callback, args))
+
+    def _process_exited(self, status: ExitStatus) -> None:
+        # If it was Popen.poll() or wait() that took the status, Popen knows it.
+        if status.source == "lost" and self._process.returncode is not None:
+            self._returncode = self._process.returncode
+        else:
+            self._returncode = self._process.returncode = status.returncode
+        waiters, self._waiters = self._waiters, []
+        self._call(self._tell_exit)
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _tell_exit(self) -> None:
+        assert self._protocol is not None
+        self._exit_told = True
+        try:
+            self._protocol.process_exited()
+        finally:
+            self._try_finish()
+
+    def _tell_data(self, fd: int, data: bytes) -> None:
+        assert self._protocol is not None
+        self._protocol.pipe_data_received(fd, data)
+
+    def _tell_pipe_lost(self, fd: int, exc: Exception | None) -> None:
+        assert self._protocol is not None
+        try:
+            self._protocol.pipe_connection_lost(fd, exc)
+        finally:
+            self._pipes[fd].lost = True
+            self._try_finish()
+
+    def _try_finish(self) -> None:
+        """Tell the protocol of the end once it knows that the process has exited and that the pipes are closed."""
+        if self._exit_told and self._protocol is not None and all(p.lost for p in self._pipes.values()):
+            protocol, self._protocol = self._protocol, None
+            self._closed = True
+            protocol.connection_lost(None)
+
+    async def _wait(self) -> int:
+        """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
+        if self._returncode is None:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
+        assert self._returncode is not None
+        return self._returncode
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Set the protocol that is told from now on."""
+        assert isinstance(protocol, asyncio.SubprocessProtocol)
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol; RuntimeError once it has been told of the end."""
+        if self._protocol is None:
+            raise RuntimeError("the transport is closed")
+        return self._protocol
+
+    def get_pid(self) -> int:
+        """Return the process ID."""
+        return self._process.pid
+
+    def get_returncode(self) -> int | None:
+        """Return the exit code, or -signum; None while the process runs."""
+        return self._returncode
+
+    def get_pipe_transport(self, fd: int) -> asyncio.BaseTransport | None:
+        """Return the transport of the process's stdin (0), stdout (1) or stderr (2), if that is a pipe of ours."""
+        pipe = self._pipes.get(fd)
+        return None if pipe is None else pipe.transport
+
+    def send_signal(self, signal: int) -> None:
+        """Send the signal to the process and to no other. Logged, and not sent, if it has ended.
+
+        Raises:
+            ProcessLookupError: it has ended, and the protocol was told of it.
+            OSError: EINVAL, no such signal; EPERM, it runs as another user.
+        """
+        if self._protocol is None:
+            raise ProcessLookupError(f"process {self._process.pid} has ended")
+        if self._child is None or not self._registry.send_signal(self._child, signal):
+            logger.warning("signal %d not sent: process %d has ended", signal, self._process.pid)
+
+    def terminate(self) -> None:
+        """Send SIGTERM; see `send_signal`."""
+        self.send_signal(15)
+
+    def kill(self) -> None:
+        """Send SIGKILL; see `send_signal`."""
+        self.send_signal(9)
+
+    def is_closing(self) -> bool:
+        """Return whether `close` was called, or all is over."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close the pipes, and kill the process if it still runs, as asyncio's transports do. It is reaped all the same."""
+        if self._closed:
+            return
+        self._closed = True
+        for pipe in self._pipes.values():
+            if pipe.transport is not None:
+                pipe.transport.close()
+        if self._child is not None and self._returncode is None:
+            try:
+                self._registry.send_signal(self._child, 9)
+            except PermissionError:  # it runs as another user now
+                logger.warning("cannot kill process %d: it runs as another user", self._process.pid)
+
+
+class _PipeProtocol(asyncio.Protocol):
+    """Pass the events of one pipe on to the transport of its process."""
+
+    def __init__(self, owner: SubprocessTransport, fd: int) -> None:
+        self.transport: asyncio.BaseTransport | None = None
+        self.lost = False
+        self._owner = owner
+        self._fd = fd
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._owner._call(self._owner._tell_data, self._fd, data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner._call(self._owner._tell_pipe_lost, self._fd, exc)
+
+    def pause_writing(self) -> None:
+        if self._owner._protocol is not None:
+            self._owner._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._owner._protocol is not None:
+            self._owner._protocol.resume_writing()

@@ -1,0 +1,159 @@
+"""features(): each answer is found out by trying, and the backend follows from the answers."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from aiopidfd import _features, _linux
+from aiopidfd._features import features, probe_pidfd
+
+FORBIDDEN = [errno.ENOSYS, errno.EPERM, errno.EACCES]
+
+
+def failing(code: int) -> Callable[..., Any]:
+    """What a call does that a kernel or a seccomp filter answers with `code`."""
+
+    def fail(*args: object, **keywords: object) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def name(code: int) -> str:
+    return errno.errorcode[code]
+
+
+def test_answers_are_what_the_calls_answer_here() -> None:
+    found = features()
+    answer = "yes"
+    try:
+        os.close(_linux.open_pidfd(os.getpid()))
+    except OSError as exc:
+        answer = name(exc.errno or 0)
+    assert found.pidfd_open == answer
+    assert (found.recover_exit == "yes") is _linux.can_recover_exit()
+    assert found.kernel == os.uname().release
+    assert (found.nofile, found.nofile_max) == resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert (found.backend == "pidfd") is (probe_pidfd() is None)
+
+
+def test_features_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        features().backend = "sigchld"  # type: ignore[misc] # what the test is about
+
+
+@pytest.mark.parametrize("code", FORBIDDEN, ids=name)
+def test_refused_pidfd_open_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(_linux, "open_pidfd", failing(code))
+    found = features()
+    assert (found.pidfd_open, found.backend) == (name(code), "sigchld")
+    assert found.reason.startswith(f"pidfd_open answers {name(code)}")
+    error = probe_pidfd()
+    assert error is not None
+    assert error.errno == code
+
+
+@pytest.mark.parametrize("code", [*FORBIDDEN, errno.EINVAL], ids=name)
+def test_refused_waitid_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(_linux, "wait_id", failing(code))
+    found = features()
+    assert (found.waitid_pidfd, found.backend) == (name(code), "sigchld")
+    assert found.reason.startswith(f"waitid(P_PIDFD) answers {name(code)}")
+    error = probe_pidfd()
+    assert error is not None
+    assert error.errno == code
+
+
+@pytest.mark.parametrize("code", FORBIDDEN, ids=name)
+def test_refused_signals_alone_do_not_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    before = features()
+    monkeypatch.setattr(_linux, "send_signal", failing(code))
+    found = features()
+    assert found.pidfd_send_signal == name(code)
+    assert found.backend == before.backend
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=name)
+def test_shortage_of_descriptors_does_not_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    before = features()
+    monkeypatch.setattr(_linux, "open_pidfd", failing(code))
+    found = features()
+    assert found.pidfd_open == name(code)
+    # Without a pidfd the other calls are tried all the same.
+    assert (found.waitid_pidfd, found.pidfd_send_signal) == (before.waitid_pidfd, before.pidfd_send_signal)
+    assert found.backend == ("pidfd" if before.waitid_pidfd == "yes" else "sigchld")
+
+
+@pytest.mark.skipif(features().pidfd_open != "yes", reason="pidfds are forbidden here")
+def test_process_at_its_descriptor_limit_gets_an_answer() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        found = features()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (found.pidfd_open, found.nofile) == ("EMFILE", 0)
+
+
+@pytest.mark.parametrize(("code", "answer"), [(errno.ENOTTY, "ENOTTY"), (errno.EINVAL, "EINVAL"), (None, "no")])
+def test_older_kernel_says_why_a_stolen_status_is_lost(
+    monkeypatch: pytest.MonkeyPatch, code: int | None, answer: str
+) -> None:
+    monkeypatch.setattr(_linux, "can_recover_exit", lambda: False)
+    monkeypatch.setattr(_linux, "get_exit", failing(code) if code else lambda pidfd: None)
+    assert features().recover_exit == answer
+
+
+@pytest.fixture
+def set_sigchld_in_c() -> Iterator[Callable[[int | None], None]]:
+    """Sets what SIGCHLD does behind Python's back, as a C library does it."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    yield lambda action: libc.signal(signal.SIGCHLD, action)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("action", "answer"),
+    [(signal.SIG_DFL, "default"), (signal.SIG_IGN, "ignored"), (lambda number, frame: None, "Python handler")],
+    ids=["default", "ignored", "handler"],
+)
+def test_sigchld_action_is_the_one_that_python_has_set(action: Any, answer: str) -> None:
+    signal.signal(signal.SIGCHLD, action)
+    try:
+        assert features().sigchld == answer
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def test_sigchld_action_is_seen_when_c_code_has_set_it(set_sigchld_in_c: Callable[[int | None], None]) -> None:
+    harmless = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value  # takes an int, as a handler does
+    set_sigchld_in_c(harmless)
+    assert features().sigchld == "C handler"
+    set_sigchld_in_c(signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    assert features().sigchld == "ignored"
+
+
+def test_sigchld_action_is_python_s_own_view_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_features, "open", failing(errno.ENOENT), raising=False)
+    assert features().sigchld == "default"
+
+
+def test_trying_raises_no_sigchld() -> None:
+    caught: list[int] = []
+    signal.signal(signal.SIGCHLD, lambda number, frame: caught.append(number))
+    try:
+        features()
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    assert caught == []
