@@ -11,15 +11,15 @@ from pathlib import Path
 from . import environment, goals, programs, report
 from .plan import BENCHMARKS, plan_jobs
 from .progress import Progress
-from .results import VERSION, Results, load, save
+from .results import VERSION, Cell, Results, load, save
 from .runner import run_jobs
 
 _ROUNDS = 5
 _QUICK_ROUNDS = 2
 _TIMEOUT_S = 300
 # Together less than the three minutes that a quick run may take.
-_QUICK_BUDGET_S = 150
-_QUICK_TIMEOUT_S = 25
+_QUICK_BUDGET_S = 145
+_QUICK_TIMEOUT_S = 30
 
 _EPILOG = """\
 of an earlier run's JSON file:
@@ -86,8 +86,12 @@ def _run(options: argparse.Namespace) -> int:
         "cells": [],
     }
     progress = Progress(jobs)
-    with tempfile.TemporaryDirectory(prefix="aiopidfd-bench-") as directory:
+    with tempfile.TemporaryDirectory() as directory:
         programs.compile_all(Path(directory))
+
+        def end(cell: Cell) -> None:
+            results["cells"].append(cell)
+            progress.end(cell)
 
         results["unfinished"] = run_jobs(
             jobs,
@@ -95,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
             timeout_s=_QUICK_TIMEOUT_S if options.quick else _TIMEOUT_S,
             budget_s=_QUICK_BUDGET_S if options.quick else math.inf,
             on_start=progress.start,
-            on_end=lambda cell: (results["cells"].append(cell), progress.end(cell)),
+            on_end=end,
         )
     progress.clear()
     print(report.write_report(results), end="")

@@ -26,11 +26,15 @@ def measure(benchmark: str, peer: str, x: int, samples: int) -> Outcome:
     from .loops import MissingError
 
     try:
-        return {"samples": module.PEERS[peer](x, samples)}
+        measured: dict[str, list[float]] = module.PEERS[peer](x, samples)
+        return {"samples": {metric: [round(value, 2) for value in values] for metric, values in measured.items()}}
     except (ImportError, MissingError) as exc:
         return {"missing": str(exc)}
     except Exception as exc:
-        return {"error": f"{type(exc).__name__}: {exc}"}
+        cause: BaseException = exc
+        while hasattr(cause, "exceptions"):  # trio puts everything into groups
+            cause = cause.exceptions[0]
+        return {"error": f"{type(cause).__name__}: {cause}"}
 
 
 def main() -> None:

@@ -47,14 +47,17 @@ def _list_goals() -> list[Goal]:
     return sorted(goals, key=lambda goal: order.index(goal.benchmark))
 
 
+GOALS = _list_goals()
+
+
 def write_goals(results: Results) -> str:
     """Return a Markdown table of all goals: met, missed or not measured."""
     tables = {name: Table(results, name) for name in ("latency", "cost", "spawn", "fork")}
     lines = [f"`{results['command']}`", "", "| goal | limit | ratio | |", "| --- | ---: | ---: | --- |"]
-    for goal in _list_goals():
+    for goal in GOALS:
         ratio = tables[goal.benchmark].ratio(goal.metric, goal.numerator, goal.denominator)
         limit = f"{'≤' if goal.at_most else '≥'} {goal.limit:g}"
-        lines.append(f"| {_describe(goal)} | {limit} | {'–' if ratio is None else f'{ratio:.2f}'} | {_judge(goal, ratio)} |")
+        lines.append(f"| {_describe(goal)} | {limit} | {'-' if ratio is None else f'{ratio:.2f}'} | {_judge(goal, ratio)} |")
     return "\n".join(lines) + "\n"
 
 

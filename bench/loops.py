@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.unix_events
+import importlib
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -37,11 +38,15 @@ def new_loop(name: LoopName) -> asyncio.AbstractEventLoop:
 
 def new_our_loop(name: LoopName) -> asyncio.AbstractEventLoop:
     """Return a loop whose subprocesses run through our watcher."""
-    import aiopidfd
-
+    aiopidfd = import_ours()
     factory = aiopidfd.UvloopEventLoop if name == "uvloop" else aiopidfd.SelectorEventLoop
     loop: asyncio.AbstractEventLoop = factory()
     return loop
+
+
+def import_ours() -> Any:
+    """Return the library: as Any, since a cell may ask for what this version does not have, which is for the cell to say."""
+    return importlib.import_module("aiopidfd")
 
 
 def run(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, T]) -> T:
@@ -53,26 +58,24 @@ def new_asyncio_watcher(name: WatcherName, loop: asyncio.AbstractEventLoop) -> W
     """Return one of asyncio's watchers, which is also the one that `loop`'s subprocesses use from now on."""
     class_name = f"{name.capitalize()}ChildWatcher"
     public = getattr(asyncio, class_name, None)
-    watcher: Any
     if public is not None:
-        watcher = public()
-        watcher.attach_loop(loop)
-        asyncio.set_child_watcher(watcher)
-        return watcher  # type: ignore[no-any-return] # no class that all Python versions have
+        public_watcher: Any = public()
+        public_watcher.attach_loop(loop)
+        asyncio.set_child_watcher(public_watcher)
+        watcher: Watcher = public_watcher
+        return watcher
     # Python 3.14 has two of them left, without public names; the loop holds the one it uses.
     private = getattr(asyncio.unix_events, f"_{class_name}", None)
     if private is None:
         raise MissingError(f"Python {sys.version_info[0]}.{sys.version_info[1]} has no {class_name}")
     watcher = private()
     loop._watcher = watcher  # type: ignore[attr-defined] # private to CPython's loop
-    return watcher  # type: ignore[no-any-return] # as above
+    return watcher
 
 
 def new_our_watcher(backend: BackendName) -> Watcher:
     """Return our watcher. The backend is that of `aiopidfd.wait()`, too."""
     os.environ["AIOPIDFD_BACKEND"] = backend  # read by the library when it chooses a backend for the first time
-    import aiopidfd
-
-    if backend == "pidfd":
-        return aiopidfd.PidfdWatcher()
-    return aiopidfd.PidfdWatcher(backend=backend)
+    aiopidfd = import_ours()
+    watcher: Watcher = aiopidfd.PidfdWatcher() if backend == "pidfd" else aiopidfd.PidfdWatcher(backend=backend)
+    return watcher

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -19,17 +18,20 @@ Ended = Callable[..., None]
 _WARM_UP = 16
 
 
-def _add_pass(samples: Samples, children: int, register_ns: int | None, reap_ns: int) -> None:
-    samples["total"].append(((register_ns or 0) + reap_ns) / children / 1000)
+def _new_samples() -> Samples:
+    return {"total": [], "register": [], "reap": []}
+
+
+def _add_pass(samples: Samples, children: int, register_ns: int, reap_ns: int) -> None:
+    samples["total"].append((register_ns + reap_ns) / children / 1000)
+    samples["register"].append(register_ns / children / 1000)
     samples["reap"].append(reap_ns / children / 1000)
-    if register_ns is not None:
-        samples["register"].append(register_ns / children / 1000)
 
 
 def _measure_c(children: int, passes: int) -> Samples:
     command = [find_program("floor_cost"), find_program("child"), str(children), str(passes)]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-    samples: Samples = {"total": [], "register": [], "reap": []}
+    samples = _new_samples()
     for line in output.splitlines():
         register_ns, reap_ns = map(int, line.split())
         _add_pass(samples, children, register_ns, reap_ns)
@@ -70,7 +72,7 @@ async def _run_pass(children: int, register: Callable[[int, Ended], object]) -> 
 
 
 async def _run_passes(children: int, passes: int, register: Callable[[int, Ended], object]) -> Samples:
-    samples: Samples = {"total": [], "register": [], "reap": []}
+    samples = _new_samples()
     await _run_pass(_WARM_UP, register)
     for _ in range(passes):
         _add_pass(samples, children, *await _run_pass(children, register))
@@ -111,11 +113,8 @@ async def _run_uvloop_pass(children: int) -> int:
 
 
 async def _run_uvloop_passes(children: int, passes: int) -> Samples:
-    samples: Samples = {"total": [], "reap": []}
     await _run_uvloop_pass(_WARM_UP)
-    for _ in range(passes):
-        _add_pass(samples, children, None, await _run_uvloop_pass(children))
-    return samples
+    return {"reap": [await _run_uvloop_pass(children) / children / 1000 for _ in range(passes)]}
 
 
 def _measure_uvloop(children: int, passes: int) -> Samples:

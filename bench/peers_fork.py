@@ -1,8 +1,7 @@
-"""`fork`: fork the parent, of a given size, until the child is ready; until it has been reaped; how long the loop stands still."""
+"""`fork`: fork a parent of a given size until the child is ready, until it is reaped; how long the loop stands still."""
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
 import os
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from .children import find_program
 from .forked import end_at_once
-from .loops import LoopName, new_loop, run
+from .loops import LoopName, import_ours, new_loop, run
 from .memory import grow_to
 from .stall import measure_stall
 
@@ -123,18 +122,19 @@ def _measure_aiotools(method: Method, preload: bool, megabytes: int, samples: in
 
 
 def _measure_ours(loop: LoopName, megabytes: int, samples: int) -> Samples:
-    import aiopidfd
+    aiopidfd = import_ours()
 
     async def fork() -> Callable[[], Awaitable[object]]:
         process = await aiopidfd.afork(end_at_once)
-        return process.wait
+        wait: Callable[[], Awaitable[object]] = process.wait
+        return wait
 
     grow_to(megabytes)
     return run(new_loop(loop), _sample_all(samples, fork))
 
 
 def _measure_fork_server(loop: LoopName, megabytes: int, samples: int) -> Samples:
-    import aiopidfd
+    aiopidfd = import_ours()
 
     async def main() -> Samples:
         # Started while this process is small, as its documentation says.

@@ -10,7 +10,17 @@ from signal import SIGKILL
 from time import perf_counter_ns, sleep
 
 from .children import find_program, raise_descriptor_limit, start
-from .loops import BackendName, LoopName, Watcher, WatcherName, new_asyncio_watcher, new_loop, new_our_watcher, run
+from .loops import (
+    BackendName,
+    LoopName,
+    Watcher,
+    WatcherName,
+    import_ours,
+    new_asyncio_watcher,
+    new_loop,
+    new_our_watcher,
+    run,
+)
 
 Samples = dict[str, list[float]]
 
@@ -119,7 +129,7 @@ def _measure_ours(loop_name: LoopName, backend: BackendName, live: int, samples:
     raise_descriptor_limit()
     stdin = _open_stdin()
     watcher = new_our_watcher(backend)
-    import aiopidfd
+    aiopidfd = import_ours()
 
     async def start_awaited() -> tuple[int, Callable[[], Awaitable[object]]]:
         pid = start(stdin)

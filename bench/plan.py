@@ -30,6 +30,7 @@ class Benchmark(NamedTuple):
     full: dict[int, int]
     quick: dict[int, int]
     notes: tuple[str, ...] = ()
+    is_bars: bool = False  # x is no scale, so that a line between its values would say nothing
 
 
 _ALL = (
@@ -45,7 +46,7 @@ _ALL = (
         reference="waitpid",
         has_floor=True,
         full={0: 100, 100: 100, 1000: 100, 4000: 100, 10_000: 100},
-        quick={0: 20, 1000: 20},
+        quick={0: 20, 4000: 20},
         notes=(
             "waitpid is a Python program that blocks in os.waitpid(pid): it can do nothing else meanwhile.",
             "await is Process.wait() of a subprocess for asyncio, uvloop and trio, and aiopidfd.wait(pid) for us.",
@@ -65,7 +66,7 @@ _ALL = (
         has_floor=True,
         full={100: 10, 1000: 5, 4000: 2},
         quick={100: 4, 1000: 2},
-        notes=("uvloop registers a child while it spawns it, which is not measured here: its total is its reaping alone.",),
+        notes=("uvloop registers a child while it spawns it: only its reaping can be told apart.",),
     ),
     Benchmark(
         name="spawn",
@@ -73,7 +74,7 @@ _ALL = (
         x_title="memory of the parent, MB",
         metrics={
             "total": Metric("create_subprocess_exec to the end of wait()"),
-            "stall": Metric("longest stall of the loop meanwhile"),
+            "stall": Metric("longest stall of the loop"),
         },
         peers=tuple(peers_spawn.PEERS),
         reference="posix_spawn",
@@ -89,7 +90,7 @@ _ALL = (
         metrics={
             "ready": Metric("fork until the child is ready"),
             "total": Metric("fork, exit and wait"),
-            "stall": Metric("longest stall of the loop meanwhile"),
+            "stall": Metric("longest stall of the loop"),
         },
         peers=tuple(peers_fork.PEERS),
         reference="os.fork",
@@ -114,6 +115,7 @@ _ALL = (
         has_floor=False,
         full={0: 256, 1: 256},
         quick={0: 96, 1: 96},
+        is_bars=True,
     ),
 )
 

@@ -30,7 +30,8 @@ def compile_all(directory: Path) -> None:
     bare = ["-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-builtin"]
     for source in sorted(SOURCES.glob("*.c")):
         flags = bare if source.stem == "child" and platform.machine() in _FREESTANDING else []
-        command = [compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", *flags, str(source), "-o", str(directory / source.stem)]
+        output = directory / source.stem
+        command = [compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", *flags, str(source), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise CompilerError(f"{source.name} does not compile: {result.stderr.strip()}")

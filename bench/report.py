@@ -29,7 +29,8 @@ def _write_benchmark(benchmark: Benchmark, table: Table) -> Iterator[str]:
             yield from _write_faster_peers(benchmark, table, name, metric)
     yield from ("", *(f"- {note}" for note in benchmark.notes))
     yield from (f"- Missing: {peer} ({reason})." for peer, reason in table.troubles("missing"))
-    yield from (f"- Failed: {peer}: {reason}." for peer, reason in table.troubles("error"))
+    for (peer, reason), xs in table.troubles("error").items():
+        yield f"- Failed: {peer} at {', '.join(f'{x:,}' for x in xs)}: {reason}."
     yield from ("", "<details><summary>All percentiles</summary>", "")
     yield from _write_details(benchmark, table)
     yield from ("", "</details>")
@@ -50,11 +51,11 @@ def _write_medians(benchmark: Benchmark, table: Table, metric: str, peers: list[
 def _median_and_ratio(benchmark: Benchmark, table: Table, metric: str, peer: str, x: int) -> str:
     median = table.p50(metric, peer, x)
     if median is None:
-        return "–"
+        return "-"
     ratio = table.ratio(metric, (peer, x), (benchmark.reference, x))
     if ratio is None or peer == benchmark.reference:
         return format_value(median)
-    return f"{format_value(median)} ({ratio:.2g}×)" if ratio < 10 else f"{format_value(median)} ({ratio:,.0f}×)"
+    return f"{format_value(median)} ({ratio:.2g}x)" if ratio < 10 else f"{format_value(median)} ({ratio:,.0f}x)"
 
 
 def _write_faster_peers(benchmark: Benchmark, table: Table, name: str, metric: Metric) -> Iterator[str]:
@@ -74,7 +75,7 @@ def _write_faster_peers(benchmark: Benchmark, table: Table, name: str, metric: M
 
 
 def _write_details(benchmark: Benchmark, table: Table) -> Iterator[str]:
-    yield _row(["metric", benchmark.x_title, "peer", "n", "p50", "p90", "p99", "max", f"× {benchmark.reference}"])
+    yield _row(["metric", benchmark.x_title, "peer", "n", "p50", "p90", "p99", "max", f"x {benchmark.reference}"])
     yield _row(["---", "---:", "---", *("---:" for _ in range(6))])
     for name, metric in benchmark.metrics.items():
         for x in table.xs:
@@ -83,7 +84,7 @@ def _write_details(benchmark: Benchmark, table: Table) -> Iterator[str]:
                 if samples:
                     ratio = table.ratio(name, (peer, x), (benchmark.reference, x))
                     values = [format_value(percentile(samples, percent)) for percent in (50, 90, 99, 100)]
-                    ratio_text = "–" if ratio is None else f"{ratio:.2f}"
+                    ratio_text = "-" if ratio is None else f"{ratio:.2f}"
                     yield _row([f"{name}, {metric.unit}", f"{x:,}", peer, str(len(samples)), *values, ratio_text])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from .cell import Outcome
 
@@ -84,16 +84,15 @@ class Table:
         ratios = [above[round_] / below[round_] for round_ in above if below.get(round_)]
         return statistics.median(ratios) if ratios else None
 
-    def troubles(self, kind: str) -> list[tuple[str, str]]:
-        """Return each (peer, reason) once; kind: "missing" or "error"."""
-        return list(dict.fromkeys(self._find_troubles(kind)))
-
-    def _find_troubles(self, kind: str) -> Iterable[tuple[str, str]]:
+    def troubles(self, kind: Literal["missing", "error"]) -> dict[tuple[str, str], list[int]]:
+        """Return each (peer, reason) with the values of x where it was met."""
+        found: dict[tuple[str, str], list[int]] = {}
         for cell in self._cells:
-            if kind == "missing" and "missing" in cell:
-                yield cell["peer"], cell["missing"]
-            elif kind == "error" and "error" in cell:
-                yield f"{cell['peer']} at {cell['x']:,}", cell["error"]
+            if kind in cell:
+                xs = found.setdefault((cell["peer"], cell[kind]), [])
+                if cell["x"] not in xs:
+                    xs.append(cell["x"])
+        return found
 
     def _by_round(self, metric: str, peer: str, x: int) -> list[tuple[int, list[float]]]:
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,23 +33,21 @@ def run_cell(job: Job, programs: Path, timeout_s: float) -> Cell:
         stderr=subprocess.PIPE,
         text=True,
         cwd=_ROOT,
+        # Where multiprocessing leaves the directory of its sockets behind, since the cell ends without a clean-up.
+        env={**os.environ, "TMPDIR": str(programs)},
         start_new_session=True,
     )
     try:
         output, errors = process.communicate(timeout=timeout_s)
         outcome = _read_outcome(process.returncode, output, errors)
     except subprocess.TimeoutExpired:
-        outcome = {"error": f"not done after {timeout_s:.0f} s"}
+        outcome = {"error": f"not done after {timeout_s:g} s"}
     finally:
         if process.poll() is None:
             process.kill()
             process.communicate()
-    cell = {**job._asdict(), **outcome, "seconds": round(time.monotonic() - start_s, 3)}
-    if "samples" in outcome:  # an own name for the number of samples that were asked for is not worth its space
-        cell["samples"] = {metric: [round(v, 2) for v in values] for metric, values in outcome["samples"].items()}
-    else:
-        del cell["samples"]
-    return cast("Cell", cell)
+    where = {"benchmark": job.benchmark, "peer": job.peer, "x": job.x, "round": job.round}
+    return cast("Cell", {**where, **outcome, "seconds": round(time.monotonic() - start_s, 2)})
 
 
 def _read_outcome(returncode: int, output: str, errors: str) -> Outcome:
@@ -76,19 +75,21 @@ def run_jobs(
     """
     end_s = time.monotonic() + budget_s
     given_up: set[tuple[str, str, int | None]] = set()
-    for number, job in enumerate(jobs):
-        if {(job.benchmark, job.peer, None), (job.benchmark, job.peer, job.x)} & given_up:
-            continue
-        if time.monotonic() > end_s:
-            return f"out of time after {number} of {len(jobs)} cells"
-        on_start(number, job)
-        try:
+    done = 0
+    try:
+        for number, job in enumerate(jobs):
+            if {(job.benchmark, job.peer, None), (job.benchmark, job.peer, job.x)} & given_up:
+                continue
+            if time.monotonic() > end_s:
+                return f"out of time after {number} of {len(jobs)} cells"
+            done = number
+            on_start(number, job)
             cell = run_cell(job, programs, timeout_s)
-        except KeyboardInterrupt:
-            return f"interrupted after {number} of {len(jobs)} cells"
-        on_end(cell)
-        if "missing" in cell:
-            given_up.add((job.benchmark, job.peer, None))
-        elif "error" in cell:
-            given_up.add((job.benchmark, job.peer, job.x))
+            on_end(cell)
+            if "missing" in cell:
+                given_up.add((job.benchmark, job.peer, None))
+            elif "error" in cell:
+                given_up.add((job.benchmark, job.peer, job.x))
+    except KeyboardInterrupt:
+        return f"interrupted after {done} of {len(jobs)} cells"
     return ""

@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* epoll's data word: the pidfd below, the pid above it, the peek flag on top. Pids end at 2^22, descriptors before 2^31. */
+/* epoll's data word: the pidfd below, the pid (0: the wake descriptor) above it, the peek flag on top. Pids end at 2^22, descriptors before 2^31. */
 #define PEEK ((uint64_t)1 << 63)
 
 static struct epoll_event interest(int pid, int pidfd, int flags)
@@ -53,6 +53,12 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
             return err;
     }
     return epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event) < 0 ? -errno : 0;
+}
+
+int ap_reaper_add_wake(int reaper, int fd)
+{
+    struct epoll_event event = interest(0, fd, 0);
+    return epoll_ctl(reaper, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
 int ap_reaper_modify(int reaper, int pid, int pidfd, int flags)
@@ -108,6 +114,10 @@ int ap_reaper_reap(int reaper, ap_batch *batch)
         int options = WEXITED | WNOHANG | (data & PEEK ? WNOWAIT : 0);
         ap_exit *ended = &batch->exits[batch->count];
 
+        if (pid == 0) {
+            batch->woken = 1;
+            continue;
+        }
         if (!reap_one(pid, pidfd, options, events[i].events, ended))
             continue;
         ended->pid = pid;

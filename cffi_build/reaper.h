@@ -13,6 +13,7 @@ enum {
 /* What one ap_reaper_reap has reaped and nobody has been told yet. */
 typedef struct {
     int count;
+    int woken; /* the descriptor of ap_reaper_add_wake was written to */
     ap_exit exits[AP_BATCH];
 } ap_batch;
 
@@ -30,12 +31,16 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags);
 /* Change the AP_ADD_PEEK flag of a held pidfd. Tells again if it has ended already. */
 int ap_reaper_modify(int reaper, int pid, int pidfd, int flags);
 
+/* Hold a descriptor that is no pidfd: each write to it makes the reaper readable and sets batch->woken. It stays its
+ * owner's. */
+int ap_reaper_add_wake(int reaper, int fd);
+
 /* Let go of a pidfd and close it. It is closed even if the reaper did not hold it. */
 void ap_reaper_remove(int reaper, int pidfd);
 
 /* Reap what has ended, up to AP_BATCH processes, and write each to batch->exits. Returns how many there are.
  * Their pidfds are no longer in the reaper, and open until ap_batch_release. If the batch was not released since the last
- * call, it is left as it is and its count returned: what was reaped stays until somebody has seen it.
+ * call, it is left as it is, and its count returned: what was reaped stays until somebody has seen it.
  * A pidfd that is readable with nothing to reap (a foreign tracer), or whose status somebody else took and the kernel has
  * not published yet, stays in the reaper, which is edge-triggered: it tells again when that changes. */
 int ap_reaper_reap(int reaper, ap_batch *batch);

@@ -7,6 +7,7 @@ import errno
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -50,8 +51,10 @@ def session_members(sid: int) -> list[int]:
 
 @contextlib.contextmanager
 def demo(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "aiopidfd")) -> Iterator[subprocess.Popen[str]]:
-    """The demo, running in a session of its own, and so in a process group of its own."""
-    with subprocess.Popen(
+    """The demo, running in a session of its own, and so in a process group of its own; allowed to dump core."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    process = subprocess.Popen(
         [sys.executable, *program, "demo", *arguments],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -59,7 +62,9 @@ def demo(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "aiopidfd
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    ) as process:
+    )
+    resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    with process:
         try:
             yield process
         finally:
@@ -67,7 +72,7 @@ def demo(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "aiopidfd
 
 
 def read_until(process: subprocess.Popen[str], pattern: str | re.Pattern[str]) -> str:
-    """Read the demo's output up to a line that matches; return all that was read. What it prints later is for communicate()."""
+    """Read the demo's output up to a line that matches, and return it. What is printed later is for communicate()."""
     assert process.stdout is not None
     output = ""
     for line in process.stdout:

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from typing import Any
 
 import pytest
 
 from aiopidfd import PidfdWatcher, wait
+from aiopidfd._linux import describe_sigchld
 
 from .children import Held, await_zombie, held, one_held
-from .conftest import LoopFactory, run_on
+from .conftest import LoopFactory, open_descriptors, run_on
+from .conftest import children as child_pids
 
 
 class Calls:
@@ -317,18 +320,30 @@ def test_two_loops_in_two_threads_watch_at_once(loop_factory: LoopFactory) -> No
     assert results == [list(range(50))] * 2
 
 
-def test_closing_the_loop_closes_the_pidfds_and_the_child_is_reaped_later(loop_factory: LoopFactory) -> None:
-    with held(2) as (survivor, other):
+def test_closing_the_loop_closes_the_pidfds_and_the_child_is_reaped_when_it_ends(loop_factory: LoopFactory) -> None:
+    before = describe_sigchld()
+    with one_held() as survivor:
 
-        async def register(child: Held) -> None:
-            PidfdWatcher().add_child_handler(child.pid, print)
+        async def register() -> None:
+            PidfdWatcher().add_child_handler(survivor.pid, print)
 
-        run_on(loop_factory, register(survivor))
-        # The fixture sees that no pidfd is open. The survivor ends, and the next use of any loop reaps it.
-        survivor.end_unreaped(0)
-        run_on(loop_factory, register(other))
-        with pytest.raises(ChildProcessError):
-            os.waitpid(survivor.pid, 0)
+        run_on(loop_factory, register())
+        assert not [what for what in open_descriptors().values() if "pidfd" in what]
+        survivor.end(0)
+        deadline = time.monotonic() + 10
+        while survivor.pid in child_pids():  # nobody but the handler that we left behind is there to reap it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    # The next loop puts back who was there before.
+    run_on(loop_factory, asyncio.sleep(0))
+    with one_held() as other:
+
+        async def end() -> None:
+            other.end(0)
+            await wait(other.pid)
+
+        run_on(loop_factory, end())
+    assert describe_sigchld() == before
 
 
 async def test_repr_tells_the_state() -> None:

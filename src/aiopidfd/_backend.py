@@ -1,32 +1,32 @@
-"""The contract between a loop's registry and the mechanism that tells it of exits."""
+"""The contract between a loop's registry and the mechanism that watches a child; which mechanism that is."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-BackendName = Literal["pidfd", "sigchld"]
+from . import _linux
 
-# pid, pidfd (-1: none), wait status, source (SOURCE_* of _linux), rusage
-Record = tuple[int, int, int, int, bytes]
+logger = logging.getLogger("aiopidfd")
+
+BackendName = Literal["pidfd", "sigchld"]
+Choice = Literal["auto", "pidfd", "sigchld"]
+
+ENVIRONMENT = "AIOPIDFD_BACKEND"
 
 
 class Backend(ABC):
-    """One loop's way to hear that processes have ended.
+    """One loop's way to watch children. It knows pids and flags, not observers.
 
-    A backend has one descriptor, readable when there is something to reap. It knows pids and flags, not observers.
-    Every method but `fileno` is called under its registry's lock. A child that was added is never dropped: it is reported
-    once by `reap`, or removed.
+    Every method is called under its registry's lock. What was added is reported by the loop's reaper once, or removed.
     """
 
     __slots__ = ()
 
     name: ClassVar[BackendName]
-
-    @abstractmethod
-    def fileno(self) -> int:
-        """Return the descriptor for the loop's `add_reader`; -1 once closed."""
 
     @abstractmethod
     def add(self, pid: int, flags: int) -> int:
@@ -37,8 +37,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def adopt(self, pid: int, pidfd: int, flags: int) -> None:
-        """Watch `pid` by an open pidfd. Raises as `add`; the pidfd then stays open, and the caller's."""
+    def adopt(self, pid: int, pidfd: int, flags: int) -> int:
+        """Watch `pid`, of which a pidfd is open, ours if this succeeds; return it, or -1. Raises as `add`."""
 
     @abstractmethod
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
@@ -49,18 +49,6 @@ class Backend(ABC):
         """Watch `pid` no longer, and close its pidfd."""
 
     @abstractmethod
-    def reap(self) -> Iterator[Record]:
-        """Reap a batch of what has ended and return it. It is returned again until `release`: an interrupt loses nothing."""
-
-    @abstractmethod
-    def keep_open(self, pidfd: int) -> None:
-        """Do not close `pidfd` in the next `release`."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Forget the batch, and close its pidfds. From here on these may name other processes."""
-
-    @abstractmethod
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
         """Signal a watched child and nobody else. ESRCH: it has been reaped."""
 
@@ -68,6 +56,76 @@ class Backend(ABC):
     def signal_group(self, pid: int, pidfd: int, pgid: int, signal: int) -> None:
         """Signal the process group `pgid` of which a watched child is a member. ESRCH: the child has been reaped."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Close the descriptor. Pidfds are their registry's to close."""
+
+def check_choice(choice: object, where: str = "backend") -> Choice:
+    """Return `choice` if it is one. ValueError if not."""
+    if choice == "auto" or choice == "pidfd" or choice == "sigchld":  # noqa: PLR1714 - so that mypy sees the literals
+        return choice
+    raise ValueError(f"{where} must be 'auto', 'pidfd' or 'sigchld', not {choice!r}")
+
+
+def probe_pidfd() -> OSError | None:
+    """Try on this process whether children can be watched by pidfd; return None, or why not.
+
+    ENOSYS, EPERM, EACCES from pidfd_open or waitid: an old kernel, or a filter. EINVAL from waitid: Linux 5.3.
+    """
+    try:
+        pidfd = _linux.open_pidfd(os.getpid())
+    except OSError as exc:
+        # Short of descriptors says nothing about the kernel; each child will try again.
+        return None if exc.errno in _linux.OUT_OF_DESCRIPTORS else exc
+    try:
+        _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        _linux.send_signal(pidfd, 0)
+    except ChildProcessError:  # we are not our own child: it works
+        pass
+    except OSError as exc:
+        return exc
+    finally:
+        os.close(pidfd)
+    return None
+
+
+class _Decision:
+    """What "auto" means in this process: decided at first use, and again when a call fails in a way that may change it."""
+
+    def __init__(self) -> None:
+        self.name: BackendName | None = None
+
+    def make(self) -> BackendName:
+        """Decide by the environment or else by trying, and log it."""
+        wanted = check_choice(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+        require(wanted)
+        if wanted == "auto":
+            obstacle = probe_pidfd()
+            name: BackendName = "pidfd" if obstacle is None else "sigchld"
+            reason = "the kernel allows it" if obstacle is None else str(obstacle)
+        else:
+            name, reason = wanted, f"{ENVIRONMENT} says so"
+        if name != self.name:
+            self.name = name
+            logger.info("watching children by %s: %s", name, reason)
+        return name
+
+
+_decision = _Decision()
+
+
+def choose(choice: Choice) -> BackendName:
+    """Return the backend to try first for a child. OSError: the environment insists on pidfds, and they are forbidden."""
+    if choice == "auto":
+        return _decision.name or _decision.make()
+    return choice
+
+
+def require(choice: Choice) -> None:
+    """Raise OSError if `choice` is "pidfd" and pidfds are forbidden here."""
+    if choice == "pidfd":
+        obstacle = probe_pidfd()
+        if obstacle is not None:
+            raise obstacle
+
+
+def is_forbidden(exc: OSError) -> bool:
+    """Return whether `exc`, from watching a child by pidfd, means that pidfds are forbidden here from now on."""
+    return (exc.errno in _linux.FORBIDDEN or exc.errno == errno.EINVAL) and _decision.make() == "sigchld"

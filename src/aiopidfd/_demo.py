@@ -1,7 +1,7 @@
 """The demo: a server whose workers are killed and replaced all the while, and every exit is seen.
 
 The parent forks, watches and replaces the workers, and does nothing else: it stays small, so that forking stays cheap, and
-it has no connections that a worker could inherit.
+it has no connections that a worker could inherit. A server like it can be made with public names alone, as here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from ._demo_http import ANSWERED_NS, LAST_WORDS_NS, make_board, run, send_requests, work
+from aiopidfd import afork, run
+
+from ._demo_http import ANSWERED_NS, LAST_WORDS_NS, make_board, send_requests, work
 from ._demo_report import Life, Report
-from ._fork import afork
 
 WORKERS: Final = 4
 KILL_EVERY_S: Final = 1.0

@@ -11,22 +11,9 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Coroutine
-from importlib.metadata import version
-from typing import Any, Final, TypeVar
+from typing import Final
 
-from ._child import notify_ready
-
-try:
-    import uvloop
-except ImportError:
-    LOOP = "asyncio's own loop (uvloop is not installed)"
-    new_event_loop = asyncio.new_event_loop
-else:
-    LOOP = f"uvloop {version('uvloop')}"
-    new_event_loop = uvloop.new_event_loop
-
-_T = TypeVar("_T")
+from aiopidfd import notify_ready, run
 
 CLIENTS: Final = 4
 # Between two requests of a client. Without it the closed connections would use up the ports of 127.0.0.1 in some seconds.
@@ -46,20 +33,6 @@ def make_board() -> memoryview[int]:
     when a child reached its last line of Python. Times are in ns of time.monotonic_ns(), the same in all processes.
     """
     return memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
-
-
-def run(main: Coroutine[Any, Any, _T]) -> _T:
-    """Run `main` in a new loop to its end, as asyncio.run() does, which cannot be told the loop before Python 3.12."""
-    loop = new_event_loop()
-    try:
-        return loop.run_until_complete(main)
-    finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left))
-        loop.close()
 
 
 def work(listener: socket.socket, board: memoryview[int], place: int) -> int:
@@ -101,8 +74,10 @@ async def _serve(listener: socket.socket) -> None:
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    # A client that goes away is no error of ours; IncompleteReadError if it says nothing at all.
-    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+    # A client that goes away is no error of ours; IncompleteReadError if it says nothing at all. CancelledError if the
+    # worker ends meanwhile: nothing of this task comes after it, and asyncio would print a traceback of it before Python
+    # 3.11.8 and 3.12.2 (https://github.com/python/cpython/issues/113538).
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
         await reader.readuntil(b"\r\n\r\n")
         body = b"answered by process %d\n" % os.getpid()
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)

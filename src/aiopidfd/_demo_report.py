@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import shutil
 import signal
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final
 
-from ._demo_http import CLIENTS, FAILED, LOOP, SERVED
+from aiopidfd import AbstractChildProcess
+
+from ._demo_http import CLIENTS, FAILED, SERVED
 from ._features import features
-from ._process import AbstractChildProcess
 
 _LINE: Final = "{:>6}  {:>8}  {:<7}  {:<11}  {:>9}  {:>11}  {:>12}"
 
@@ -57,7 +59,7 @@ class Report:
         introduction = _INTRODUCTION.format(
             version=version("aiopidfd"),
             python=f"{platform.python_implementation()} {platform.python_version()}",
-            loop=LOOP,
+            loop=_describe_loop(),
             kernel=found.kernel,
             backend=found.backend,
             workers=workers,
@@ -125,6 +127,12 @@ class Report:
     def _say(self, text: str) -> None:
         """Print lines that stay; the progress line below them comes again."""
         print(f"\r\x1b[K{text}" if self._is_terminal else text, flush=True)
+
+
+def _describe_loop() -> str:
+    if isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
+        return "asyncio's own loop (uvloop is not installed)"
+    return f"uvloop {version('uvloop')}"
 
 
 def _describe(returncode: int | None) -> str:

@@ -18,7 +18,7 @@ from . import _child, _linux
 from ._child import Options, Ready
 from ._exit import ExitStatus
 from ._process import AbstractChildProcess, watch_forked
-from ._registry import registry_of
+from ._registries import registry_of
 
 # How long a child that has closed its end of the gate without a word may take to end, before it is killed.
 _SILENCE_S = 1.0

@@ -122,10 +122,38 @@ def can_recover_exit() -> bool:
     return lib.ap_probe_exit_info() == 1
 
 
+Record = tuple[int, int, int, int, bytes]
+"""pid, pidfd (-1: none), wait status, source (SOURCE_*), rusage."""
+
+
+class Batch:
+    """What was reaped and nobody has been told yet: an `ap_batch`."""
+
+    __slots__ = ("_records", "struct")
+
+    def __init__(self) -> None:
+        self.struct = ffi.new("ap_batch *")
+        self._records = memoryview(ffi.buffer(self.struct))[ffi.offsetof("ap_batch", "exits") :]
+
+    def records(self, count: int) -> Iterator[Record]:
+        """Return the first `count` records."""
+        return _RECORD.iter_unpack(self._records[: count * _RECORD.size])
+
+    def keep_open(self, pidfd: int) -> None:
+        """Take `pidfd` out of the batch: somebody else has closed it."""
+        for i in range(self.struct.count):
+            if self.struct.exits[i].pidfd == pidfd:
+                self.struct.exits[i].pidfd = -1
+
+    def release(self) -> None:
+        """Close the pidfds of the batch and empty it."""
+        lib.ap_batch_release(self.struct)
+
+
 class Reaper:
     """One epoll descriptor that holds many pidfds. The C contract is in cffi_build/reaper.h."""
 
-    __slots__ = ("_batch", "_fd", "_records")
+    __slots__ = ("_batch", "_fd", "keep_open", "release")
 
     def __init__(self) -> None:
         """Open it. EMFILE, ENFILE: out of descriptors."""
@@ -133,8 +161,8 @@ class Reaper:
         if fd < 0:
             raise error(-fd, "epoll_create1()")
         self._fd = fd
-        self._batch = ffi.new("ap_batch *")
-        self._records = memoryview(ffi.buffer(self._batch))[ffi.offsetof("ap_batch", "exits") :]
+        self._batch = Batch()
+        self.keep_open, self.release = self._batch.keep_open, self._batch.release
 
     def fileno(self) -> int:
         """Return the epoll descriptor; -1 once closed."""
@@ -153,38 +181,122 @@ class Reaper:
         if result < 0:
             raise error(-result, f"cannot watch pid {pid} by pidfd {pidfd}")
 
+    def add_wake(self, fd: int) -> None:
+        """Hold a descriptor that is no pidfd: each write to it makes us readable, and `woken` true."""
+        result = lib.ap_reaper_add_wake(self._fd, fd)
+        if result < 0:
+            raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")
+
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change the flags of a held pidfd."""
         result = lib.ap_reaper_modify(self._fd, pid, pidfd, flags)
         if result < 0:
             raise error(-result, f"cannot change how pid {pid} is watched")
 
-    def remove_pidfd(self, pidfd: int) -> None:
+    def remove(self, pidfd: int) -> None:
         """Let go of a pidfd and close it."""
         lib.ap_reaper_remove(self._fd, pidfd)
 
-    def reap(self) -> Iterator[tuple[int, int, int, int, bytes]]:
-        """Reap what has ended; return (pid, pidfd, status, source, rusage) of each, also of those not released yet."""
-        count = lib.ap_reaper_reap(self._fd, self._batch)
+    def reap(self) -> Iterator[Record]:
+        """Reap what has ended and return it, together with what was reaped before and not released yet."""
+        count = lib.ap_reaper_reap(self._fd, self._batch.struct)
         if count < 0:
             raise error(-count, "epoll_wait()")
-        return _RECORD.iter_unpack(self._records[: count * _RECORD.size])
+        return self._batch.records(count)
 
-    def keep_open(self, pidfd: int) -> None:
-        """Take `pidfd` out of the batch: somebody else has closed it."""
-        for i in range(self._batch.count):
-            if self._batch.exits[i].pidfd == pidfd:
-                self._batch.exits[i].pidfd = -1
+    @property
+    def woken(self) -> bool:
+        """Whether the wake descriptor was written to, until `clear_woken`."""
+        return bool(self._batch.struct.woken)
 
-    def release(self) -> None:
-        """Close the pidfds of the batch and empty it."""
-        lib.ap_batch_release(self._batch)
+    def clear_woken(self) -> None:
+        """Say that the wake was heeded."""
+        self._batch.struct.woken = 0
 
     def close(self) -> None:
         """Close the epoll descriptor; in a forked child, the copy of it: what its parent watches stays as it is."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+BATCH_SIZE: Final = lib.AP_BATCH
+
+
+class Pids:
+    """The children that one loop watches by pid, and their reaping. The C contract is in cffi_build/sigchld.h."""
+
+    __slots__ = ("_batch", "_pids", "keep_open", "release")
+
+    def __init__(self) -> None:
+        self._pids = ffi.gc(ffi.new("ap_pids *"), lib.ap_pids_clear)
+        self._batch = Batch()
+        self.keep_open, self.release = self._batch.keep_open, self._batch.release
+
+    def __len__(self) -> int:
+        return int(self._pids.count)
+
+    def add(self, pid: int, peek: bool) -> None:
+        """Add a child, or change whether it is only peeked at."""
+        if lib.ap_pids_add(self._pids, pid, peek) < 0:
+            raise MemoryError
+
+    def remove(self, pid: int) -> bool:
+        """Remove a child; return whether it was there."""
+        return lib.ap_pids_remove(self._pids, pid) == 1
+
+    def reap(self, scan: bool) -> tuple[int, Iterator[Record]]:
+        """Reap what has ended; return how many there are, and what. `scan`: ask for each child."""
+        count = lib.ap_sigchld_reap(self._pids, scan, self._batch.struct)
+        return count, self._batch.records(count)
+
+
+def open_sigchld() -> int:
+    """Return the descriptor that our SIGCHLD handler wakes, one for the process. EMFILE, ENFILE: out of descriptors."""
+    fd = lib.ap_sigchld_open()
+    if fd < 0:
+        raise error(-fd, "eventfd()")
+    return fd
+
+
+def wake_sigchld() -> None:
+    """Wake every loop that watches by SIGCHLD, as the handler does."""
+    lib.ap_sigchld_wake()
+
+
+def install_sigchld() -> bool:
+    """Put our SIGCHLD handler in front of whoever is there now; return False if it is there already."""
+    result = lib.ap_sigchld_install()
+    if result < 0:
+        raise MemoryError
+    return result == 1
+
+
+def restore_sigchld() -> bool:
+    """Put back who was there before our SIGCHLD handler; return False if somebody else has replaced it."""
+    return lib.ap_sigchld_restore() == 1
+
+
+def abandon_to_sigchld(pid: int) -> bool:
+    """Have our SIGCHLD handler reap `pid`; return False if it has too many already."""
+    return lib.ap_sigchld_abandon(pid) == 0
+
+
+def reap_abandoned() -> int:
+    """Reap those abandoned children that have ended; return how many are left."""
+    return lib.ap_sigchld_reap_abandoned()
+
+
+def forget_sigchld_after_fork() -> None:
+    """In a forked child: put back who was there before our handler, and close the copy of its descriptor."""
+    lib.ap_sigchld_after_fork()
+
+
+def describe_sigchld() -> str:
+    """Say what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or whose handler it is."""
+    text = ffi.new("char[512]")
+    lib.ap_sigchld_describe(text, 512)
+    return ffi.string(text).decode(errors="replace")
 
 
 def caught_signals() -> list[int]:

@@ -1,4 +1,4 @@
-"""The pidfd backend: a nested epoll of pidfds, reaped in C a batch at a time."""
+"""The pidfd backend: one epoll of pidfds, reaped in C a batch at a time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,32 @@ from . import _linux
 from ._backend import Backend
 
 
-class PidfdBackend(_linux.Reaper, Backend):
+class PidfdBackend(Backend):
     """Watch processes by pidfd: no signal, no thread, one wake-up for many exits."""
 
-    __slots__ = ()
+    __slots__ = ("_reaper",)
 
     name = "pidfd"
 
-    def remove(self, pid: int, pidfd: int) -> None:  # the pid is in the contract for backends that have no pidfd
+    def __init__(self, reaper: _linux.Reaper) -> None:
+        self._reaper = reaper
+
+    def add(self, pid: int, flags: int) -> int:
+        """Open a pidfd and hold it."""
+        return self._reaper.add(pid, flags)
+
+    def adopt(self, pid: int, pidfd: int, flags: int) -> int:
+        """Hold an open pidfd."""
+        self._reaper.adopt(pid, pidfd, flags)
+        return pidfd
+
+    def modify(self, pid: int, pidfd: int, flags: int) -> None:
+        """Change the flags of a held pidfd."""
+        self._reaper.modify(pid, pidfd, flags)
+
+    def remove(self, pid: int, pidfd: int) -> None:
         """Let go of the pidfd and close it."""
-        self.remove_pidfd(pidfd)
+        self._reaper.remove(pidfd)
 
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
         """Signal by pidfd."""

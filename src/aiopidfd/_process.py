@@ -9,8 +9,10 @@ import warnings
 from abc import ABC, abstractmethod
 from types import TracebackType
 
+from ._backend import Choice, logger
 from ._exit import ExitStatus
-from ._registry import Child, Registry, logger, registry_of
+from ._registries import registry_of
+from ._registry import Child, Registry
 from ._watcher import check_pid
 
 
@@ -39,12 +41,10 @@ class AbstractChildProcess(ABC):
 
     _detached = True  # until the child is ours: a constructor that fails has nothing to warn of
 
-    def _watch(self, pid: int, *, pidfd: int = -1, pgid: int | None = None, check: bool = True) -> None:
-        """Register with the running loop. `pgid`: the process group that was asked for, 0 for the child's own."""
+    def _adopt(self, pid: int, pidfd: int, backend: Choice) -> None:
         loop = asyncio.get_running_loop()
-        end = _End(loop)
-        registry = registry_of(loop)
-        self._bind(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd), end, pgid)
+        registry, end = registry_of(loop), _End(loop)
+        self._bind(registry, registry.observe(pid, end, end, pidfd=pidfd, backend=backend), end, None)
 
     def _bind(self, registry: Registry, child: Child, end: _End, pgid: int | None) -> None:
         self._registry = registry
@@ -180,7 +180,7 @@ class PidfdChildProcess(AbstractChildProcess):
         if not isinstance(pidfd, int):
             raise TypeError(f"pidfd must be an int, not {type(pidfd).__name__}")
         _check_pidfd(pid, pidfd)
-        self._watch(pid, pidfd=pidfd)
+        self._adopt(pid, pidfd, "pidfd")
 
     def fileno(self) -> int:
         """Return the pidfd, to poll or to pass on, not to close; -1 once the child has ended."""
@@ -199,7 +199,7 @@ class PosixChildProcess(AbstractChildProcess):
             ProcessLookupError, ChildProcessError: it is gone, or not a child of this process.
         """
         check_pid(pid)
-        self._watch(pid)
+        self._adopt(pid, -1, "sigchld")
 
     def fileno(self) -> int:
         """Return -1: there is no pidfd."""
@@ -207,9 +207,16 @@ class PosixChildProcess(AbstractChildProcess):
 
 
 def watch_forked(pid: int, *, pgid: int | None) -> AbstractChildProcess:
-    """Return the handle of a child that has just been forked and cannot end unseen. `pgid`: as `_watch`."""
-    handle = PidfdChildProcess.__new__(PidfdChildProcess)
-    handle._watch(pid, pgid=pgid, check=False)
+    """Return the handle of a child that has just been forked and cannot end unseen.
+
+    `pgid` is the process group that was asked for, 0 for the child's own.
+    """
+    loop = asyncio.get_running_loop()
+    registry, end = registry_of(loop), _End(loop)
+    child = registry.observe(pid, end, end, check=False)
+    made = PidfdChildProcess if child.pidfd >= 0 else PosixChildProcess
+    handle: AbstractChildProcess = made.__new__(made)
+    handle._bind(registry, child, end, pgid)
     return handle
 
 

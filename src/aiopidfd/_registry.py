@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from . import _linux
-from ._backend import Backend
+from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._exit import LOST_RETURNCODE, ExitStatus, Source
 from ._pidfd import PidfdBackend
-
-logger = logging.getLogger("aiopidfd")
+from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
 
 Observer = Callable[[ExitStatus], object]
 
@@ -60,20 +58,30 @@ class Registry:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Open the backend and register it with `loop`. OSError EMFILE, ENFILE: out of descriptors."""
-        # Weak: the loop owns us, by way of its reader. A strong reference would keep it alive in _registries for ever.
+        # Weak: the loop owns us, by way of its reader. A strong reference would keep it alive in the map of registries.
         self.loop = weakref.ref(loop)
         self.closed = False
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
         self._untold: deque[tuple[Child, ExitStatus]] = deque()
-        self._backend = PidfdBackend()
+        _linux.open_sigchld()  # now: it is for when there are no descriptors left
+        self._reaper = _linux.Reaper()
+        self._pidfd = PidfdBackend(self._reaper)
+        self._sigchld: SigchldBackend | None = None
+        self._checking = False
+        self._warned_of_limit = False
         reader = _Reader(self)
         # Closing a loop drops its readers: that is how we hear of it, on every kind of loop, by public means alone.
         weakref.finalize(reader, self.close).atexit = False
-        if loop.is_running() and asyncio._get_running_loop() is not loop:
-            loop.call_soon_threadsafe(loop.add_reader, self._backend.fileno(), reader)
+        self._in_loop(loop.add_reader, self._reaper.fileno(), reader)
+
+    def _in_loop(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function of the loop that only its own thread may call while it runs."""
+        loop = self.loop()
+        if loop is not None and loop.is_running() and asyncio._get_running_loop() is not loop:
+            loop.call_soon_threadsafe(function, *args)
         else:
-            loop.add_reader(self._backend.fileno(), reader)
+            function(*args)
 
     def __repr__(self) -> str:
         return f"<Registry {'closed' if self.closed else 'open'} children={len(self._children)} of {self.loop()!r}>"
@@ -88,6 +96,7 @@ class Registry:
         check: bool = True,
         stranger: bool = False,
         pidfd: int = -1,
+        backend: Choice = "auto",
     ) -> Child:
         """Have `observer` called with the ExitStatus of `pid`, once, in the loop's thread.
 
@@ -97,6 +106,7 @@ class Registry:
             check: make sure that it is a child of ours (one system call); false for those that we made ourselves.
             stranger: watch it even if it is not a child of ours.
             pidfd: an open pidfd of the process, ours from now on if this call succeeds.
+            backend: how to watch it, if it is not watched yet.
 
         Raises:
             OSError: as Backend.add.
@@ -106,7 +116,7 @@ class Registry:
                 raise RuntimeError("the event loop is closed")
             child = self._children.get(pid)
             if child is None:
-                child = self._add(pid, reap, check, stranger, pidfd)
+                child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
             elif pidfd >= 0:
                 os.close(pidfd)
             child.observers[key] = observer
@@ -118,13 +128,32 @@ class Registry:
                 self._agree_on_peek(child)
             return child
 
-    def _add(self, pid: int, reap: bool, check: bool, stranger: bool, pidfd: int) -> Child:
-        backend = self._backend
-        flags = 0 if reap else _linux.ADD_PEEK
+    def _add(self, pid: int, pidfd: int, choice: Choice, *, check: bool, stranger: bool, peek: bool) -> Child:
+        backend = self._pidfd if choose(choice) == "pidfd" else self._get_sigchld()
+        try:
+            child = self._try(backend, pid, pidfd, check=check, stranger=stranger, peek=peek)
+        except OSError as exc:
+            if choice != "auto" or backend is self._sigchld:
+                raise
+            if exc.errno in _linux.OUT_OF_DESCRIPTORS:  # this child only
+                if not self._warned_of_limit:
+                    logger.warning("watching children by SIGCHLD for want of descriptors: %s", exc.strerror)
+                self._warned_of_limit = True
+            elif not is_forbidden(exc):
+                raise
+            child = self._try(self._get_sigchld(), pid, pidfd, check=check, stranger=stranger, peek=peek)
+        self._children[pid] = child
+        if child.backend is self._sigchld and not self._checking:
+            self._checking = True
+            self._in_loop(self._check_later)
+        return child
+
+    def _try(self, backend: Backend, pid: int, pidfd: int, *, check: bool, stranger: bool, peek: bool) -> Child:
+        flags = _linux.ADD_PEEK if peek else 0
         checked = flags | _linux.ADD_CHECK_CHILD if check else flags
         foreign = False
         if pidfd >= 0:
-            backend.adopt(pid, pidfd, checked)
+            pidfd = backend.adopt(pid, pidfd, checked)
         else:
             try:
                 pidfd = backend.add(pid, checked)
@@ -132,8 +161,12 @@ class Registry:
                 if not stranger:
                     raise
                 pidfd, foreign = backend.add(pid, flags), True
-        child = self._children[pid] = Child(pid, pidfd, backend, peek=not reap, stranger=foreign)
-        return child
+        return Child(pid, pidfd, backend, peek=peek, stranger=foreign)
+
+    def _get_sigchld(self) -> SigchldBackend:
+        if self._sigchld is None:
+            self._sigchld = SigchldBackend(self._reaper)
+        return self._sigchld
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
@@ -188,7 +221,7 @@ class Registry:
         """Reap what has ended and tell the observers."""
         try:
             with self._lock:
-                self._reap(self._backend)
+                self._reap()
             while self._untold:
                 child, status = self._untold.popleft()
                 # Taken one by one, so that nobody is told twice and nobody is forgotten when one of them raises.
@@ -202,14 +235,24 @@ class Registry:
                 loop.call_soon(self.collect)
             raise
 
-    def _reap(self, backend: Backend) -> None:
+    def _reap(self) -> None:
         if self.closed:
             return
+        reaper = self._reaper
+        self._note(reaper.reap())
+        reaper.release()
+        if reaper.woken:
+            if self._sigchld is not None:
+                self._note(self._sigchld.reap(scan=False))
+            reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
+
+    def _note(self, records: Iterator[_linux.Record]) -> None:
+        """Take what was reaped off the watched children, and on to those whose observers are to be told."""
         children, untold = self._children, self._untold
-        for pid, pidfd, status, source, rusage in backend.reap():
+        for pid, pidfd, status, source, rusage in records:
             child = children.get(pid)
             if child is None:  # unobserved, and so closed, since it was reaped: by a signal handler of this very thread
-                backend.keep_open(pidfd)
+                self._reaper.keep_open(pidfd)
             elif source == _linux.SOURCE_PENDING:
                 if child.stranger:
                     self._give_stranger_time(child)
@@ -218,7 +261,22 @@ class Registry:
                 child.ended = True
                 child.pidfd = -1
                 del children[pid]
-        backend.release()
+
+    def _check_later(self) -> None:
+        loop = self.loop()
+        if loop is not None and not self.closed:
+            loop.call_later(CHECK_INTERVAL_S, self._check)
+
+    def _check(self) -> None:
+        """Once a second while children are watched by SIGCHLD: find what no signal has told."""
+        with self._lock:
+            if self.closed or self._sigchld is None:
+                return
+            self._note(self._sigchld.check())
+            self._checking = not self._sigchld.is_idle()
+            if self._checking:
+                self._check_later()
+        self.collect()
 
     def _exit_status(self, child: Child, status: int, source: int, rusage: bytes) -> ExitStatus:
         if source <= _linux.SOURCE_PEEKED:
@@ -265,10 +323,13 @@ class Registry:
             self.closed = True
             left = [child.pid for child in self._children.values() if not (child.peek or child.stranger)]
             self._close_descriptors()
-        abandon(left)
+        if left:
+            abandon(left)
 
     def _close_descriptors(self) -> None:
-        self._backend.close()
+        self._reaper.close()
+        if self._sigchld is not None:
+            self._sigchld.close()
         for child in self._children.values():
             if child.pidfd >= 0:
                 os.close(child.pidfd)
@@ -280,6 +341,7 @@ class Registry:
 
         The lock is not taken: another thread of the parent may have held it, and that thread does not exist here.
         """
+        self._sigchld = None  # its counts are the parent's
         if not self.closed:
             self.closed = True
             self._close_descriptors()
@@ -295,64 +357,6 @@ class _Reader:
 
     def __call__(self) -> None:
         self._registry.collect()
-
-
-_registries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Registry] = weakref.WeakKeyDictionary()
-_registries_lock = threading.RLock()  # re-entrant as the registries' own, for signal handlers
-_abandoned: set[int] = set()  # children whose loop was closed
-_hooked = False
-
-
-def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
-    """Return the registry of `loop`, made on first use. RuntimeError: the loop is closed."""
-    global _hooked  # noqa: PLW0603 - a process has one at-fork hook, put in place by the first registry
-    if _abandoned:
-        reap_abandoned()
-    registry = _registries.get(loop)
-    if registry is None:
-        if loop.is_closed():
-            raise RuntimeError("the event loop is closed")
-        with _registries_lock:
-            registry = _registries.get(loop)
-            if registry is None:
-                if not _hooked:
-                    os.register_at_fork(after_in_child=_after_fork_in_child)
-                    _hooked = True
-                registry = _registries[loop] = Registry(loop)
-    return registry
-
-
-def find_registries() -> list[Registry]:
-    """Return the registries of all loops that have one."""
-    with _registries_lock:
-        return list(_registries.values())
-
-
-def _after_fork_in_child() -> None:
-    global _registries_lock  # noqa: PLW0603 - another thread of the parent may have held the lock at the fork
-    _registries_lock = threading.RLock()
-    registries = list(_registries.values())
-    _registries.clear()
-    _abandoned.clear()
-    for registry in registries:
-        registry.forget_in_child()
-
-
-def abandon(pids: list[int]) -> None:
-    """Take over the reaping of children whose loop was closed."""
-    _abandoned.update(pids)
-    reap_abandoned()
-
-
-def reap_abandoned() -> None:
-    """Reap those abandoned children that have ended."""
-    for pid in tuple(_abandoned):
-        try:
-            if _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
-                continue
-        except ChildProcessError:  # somebody else has reaped it
-            pass
-        _abandoned.discard(pid)
 
 
 def warn_lost(pid: int) -> None:

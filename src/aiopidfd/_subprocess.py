@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from ._backend import logger
 from ._exit import ExitStatus
-from ._registry import Child, Registry, logger, registry_of, warn_lost
+from ._registries import registry_of
+from ._registry import Child, Registry, warn_lost
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
 Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from ._backend import Choice, check_choice, require
 from ._exit import ExitStatus
 from ._loops import plug, unplug
-from ._registry import Registry, find_registries, registry_of
+from ._registries import find_registries, registry_of
+from ._registry import Registry
 
 
 def _watcher_base() -> type:
@@ -38,7 +40,19 @@ with warnings.catch_warnings():
         registration and one reap per process. A watcher may be used from many loops.
         """
 
-        def __init__(self) -> None:
+        def __init__(self, *, backend: Choice = "auto") -> None:
+            """Make a watcher.
+
+            Args:
+                backend: "auto" watches by pidfd where that is possible, else by SIGCHLD; the environment variable
+                    AIOPIDFD_BACKEND may say otherwise. "pidfd" and "sigchld" insist.
+
+            Raises:
+                ValueError: there is no such backend.
+                OSError: ENOSYS, EPERM, EACCES, EINVAL: backend is "pidfd", and pidfds are forbidden here.
+            """
+            self._backend = check_choice(backend)
+            require(self._backend)
             self._loop: asyncio.AbstractEventLoop | None = None
             self._closed = False
             self._registry: Registry | None = None  # the last one used: its loop is most likely the next one's, too
@@ -123,7 +137,9 @@ with warnings.catch_warnings():
                 check_pid(pid)
             if not callable(callback):
                 raise TypeError(f"callback must be callable, not {type(callback).__name__}")
-            self._get_registry().observe(pid, self, lambda status: callback(pid, status.returncode, *args))
+            self._get_registry().observe(
+                pid, self, lambda status: callback(pid, status.returncode, *args), backend=self._backend
+            )
 
         def remove_child_handler(self, pid: int) -> bool:
             """Take back `add_child_handler`; return whether there was a handler. The child is no longer reaped by us."""
