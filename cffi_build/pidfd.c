@@ -89,11 +89,16 @@ int ap_probe_exit_info(void)
 {
     _Alignas(16) char stack[4096]; /* the child shares our memory, as after vfork(2), and only calls _exit */
     ap_exit ended;
-    int pidfd = -1, status, told;
-    int pid = clone(exit_at_once, stack + sizeof stack, CLONE_PIDFD | CLONE_VM | CLONE_VFORK, NULL, &pidfd);
+    int pid, pidfd = -1, status, told, err;
+    sigset_t all, old;
 
+    (void)sigfillset(&all); /* no handler of ours may run in the child */
+    (void)pthread_sigmask(SIG_SETMASK, &all, &old);
+    pid = clone(exit_at_once, stack + sizeof stack, CLONE_PIDFD | CLONE_VM | CLONE_VFORK, NULL, &pidfd);
+    err = errno;
+    (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (pid < 0)
-        return -errno;
+        return -err;
     /* CLONE_VFORK: it has ended. Its exit signal is 0, so nobody but us (who ask with __WALL) can reap it. */
     if (pidfd < 0) { /* Linux before 5.2 ignores CLONE_PIDFD */
         (void)ap_waitid(P_PID, pid, WEXITED, &ended);

@@ -19,7 +19,8 @@
 #include <unistd.h>
 
 /* Whom to call after us. Links are never changed nor freed, since a handler may be reading them in any thread; the same
- * (action, next) is found again, so that somebody who replaces us over and over does not make the list grow. */
+ * (action, next) is found again, and no action is in a chain twice, so that somebody who replaces us over and over does not
+ * make it grow. */
 struct link {
     struct sigaction action;
     const struct link *next; /* who was there before: for an action that calls us in turn */
@@ -64,20 +65,24 @@ void ap_sigchld_wake(void)
         (void)!write(fd, &one, sizeof one);
 }
 
+/* Whether there is a function to call; SA_SIGINFO, which some set with SIG_DFL, says nothing about that. */
+static int has_handler(const struct sigaction *action)
+{
+    return action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN;
+}
+
 static void on_sigchld(int number, siginfo_t *info, void *context)
 {
     int saved_errno = errno;
     const struct link *outer = calling, *link = outer != NULL ? outer->next : atomic_load(&first);
 
-    if (outer == NULL) {
-        ap_sigchld_wake();
-        reap_abandoned_pids();
-    }
-    if (link != NULL) {
+    ap_sigchld_wake();
+    reap_abandoned_pids();
+    if (link != NULL && has_handler(&link->action)) {
         calling = link;
         if (link->action.sa_flags & SA_SIGINFO)
             link->action.sa_sigaction(number, info, context);
-        else if (link->action.sa_handler != SIG_DFL && link->action.sa_handler != SIG_IGN)
+        else
             link->action.sa_handler(number);
         calling = outer;
     }
@@ -89,20 +94,19 @@ static int is_ours(const struct sigaction *action)
     return action->sa_flags & SA_SIGINFO && action->sa_sigaction == on_sigchld;
 }
 
-/* Returns the link for `action` before `next`, NULL when there is no memory. */
+static int is_same(const struct sigaction *a, const struct sigaction *b)
+{
+    return a->sa_sigaction == b->sa_sigaction && a->sa_flags == b->sa_flags &&
+           memcmp(&a->sa_mask, &b->sa_mask, sizeof(uint64_t)) == 0; /* the kernel's signals; libc's set has room for more */
+}
+
+/* Returns the link for `action` before `next`; NULL: no memory. */
 static const struct link *find_link(const struct sigaction *action, const struct link *next)
 {
-    const struct link *known;
     struct link *made;
 
-    if (!(action->sa_flags & SA_SIGINFO) && (action->sa_handler == SIG_DFL || action->sa_handler == SIG_IGN))
-        next = NULL; /* it calls nobody */
-    for (known = next; known != NULL; known = known->next) /* in front of us again: what it may call lies behind it */
-        if (known->action.sa_sigaction == action->sa_sigaction && known->action.sa_flags == action->sa_flags)
-            return known;
     for (made = all_links; made != NULL; made = made->made_before)
-        if (made->next == next && made->action.sa_sigaction == action->sa_sigaction &&
-            made->action.sa_flags == action->sa_flags)
+        if (made->next == next && is_same(&made->action, action))
             return made;
     made = malloc(sizeof *made);
     if (made != NULL) {
@@ -110,6 +114,17 @@ static const struct link *find_link(const struct sigaction *action, const struct
         all_links = made;
     }
     return made;
+}
+
+/* Returns the chain without `action`. */
+static const struct link *drop(const struct link *chain, const struct sigaction *action)
+{
+    const struct link *rest;
+
+    if (chain == NULL || is_same(&chain->action, action))
+        return chain != NULL ? chain->next : NULL;
+    rest = drop(chain->next, action);
+    return rest == chain->next ? chain : find_link(&chain->action, rest);
 }
 
 int ap_sigchld_open(void)
@@ -131,19 +146,27 @@ int ap_sigchld_open(void)
 
 int ap_sigchld_install(void)
 {
-    struct sigaction ours = {.sa_sigaction = on_sigchld, .sa_flags = SA_SIGINFO | SA_RESTART | SA_NOCLDSTOP}, now;
+    struct sigaction ours = {.sa_sigaction = on_sigchld}, now;
     const struct link *link;
-    int result = 0;
+    int flags = SA_RESTART | SA_NOCLDSTOP, result = 0;
 
     (void)sigemptyset(&ours.sa_mask);
     (void)pthread_mutex_lock(&lock);
     (void)sigaction(SIGCHLD, NULL, &now);
     if (!is_ours(&now)) {
-        link = find_link(&now, atomic_load(&first));
+        if (has_handler(&now)) {
+            /* It must find what it asked for. libuv's deadlocks if a signal interrupts it; Python's needs its system calls
+             * interrupted, or runs only when they have ended; a shell's wants to hear of children that stop. */
+            ours.sa_mask = now.sa_mask;
+            flags = now.sa_flags & flags;
+            link = find_link(&now, drop(atomic_load(&first), &now));
+        } else
+            link = find_link(&now, NULL); /* it calls nobody */
         if (link == NULL)
             result = -ENOMEM;
         else {
             atomic_store(&first, link); /* before it can be needed */
+            ours.sa_flags = flags | SA_SIGINFO | SA_ONSTACK; /* a host program may run threads on small stacks */
             (void)sigaction(SIGCHLD, &ours, NULL);
             result = 1;
         }
@@ -207,22 +230,29 @@ void ap_sigchld_after_fork(void)
 int ap_sigchld_describe(char *ret_text, int size)
 {
     struct sigaction now;
-    const char *flag;
+    const struct link *link = atomic_load(&first);
+    const char *before = "", *flag;
     Dl_info where;
     size_t room = (size_t)size;
 
     (void)sigaction(SIGCHLD, NULL, &now);
     flag = now.sa_flags & SA_NOCLDWAIT ? " with SA_NOCLDWAIT" : "";
-    if (is_ours(&now))
-        (void)snprintf(ret_text, room, "ours%s", flag);
-    else if (now.sa_handler == SIG_DFL)
+    if (is_ours(&now)) {
+        if (link == NULL || link->action.sa_handler == SIG_DFL || link->action.sa_handler == SIG_IGN) {
+            (void)snprintf(ret_text, room, "ours%s", flag);
+            return 0;
+        }
+        before = "ours, and behind it "; /* its flags have no effect there */
+        now = link->action;
+    }
+    if (now.sa_handler == SIG_DFL)
         (void)snprintf(ret_text, room, "SIG_DFL%s", flag);
     else if (now.sa_handler == SIG_IGN)
         (void)snprintf(ret_text, room, "SIG_IGN%s", flag);
     else if (dladdr((void *)(uintptr_t)now.sa_sigaction, &where) != 0 && where.dli_fname != NULL)
-        (void)snprintf(ret_text, room, "a handler in %s%s", where.dli_fname, flag);
+        (void)snprintf(ret_text, room, "%sa handler in %s%s", before, where.dli_fname, flag);
     else
-        (void)snprintf(ret_text, room, "a handler at %p%s", (void *)(uintptr_t)now.sa_sigaction, flag);
+        (void)snprintf(ret_text, room, "%sa handler at %p%s", before, (void *)(uintptr_t)now.sa_sigaction, flag);
     return 0;
 }
 

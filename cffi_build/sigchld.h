@@ -26,7 +26,8 @@ int ap_sigchld_open(void);
 /* Wake it as the handler does. */
 void ap_sigchld_wake(void);
 
-/* Put the handler in front of whoever is there now. Returns 1, or 0 if it is there already. */
+/* Put the handler in front of whoever is there now, with the mask, SA_RESTART and SA_NOCLDSTOP that a handler there has
+ * asked for; with both flags if there is none. Returns 1, or 0 if it is there already. */
 int ap_sigchld_install(void);
 
 /* Put back whoever was there before. Returns 1, or 0 if the handler is not in front: then it is not ours to change. */
@@ -41,8 +42,8 @@ int ap_sigchld_reap_abandoned(void);
 /* In a forked child: restore, close the copy of the descriptor, and forget the abandoned: they are its parent's. */
 void ap_sigchld_after_fork(void);
 
-/* Write to ret_text what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or the handler's address and library, and
- * " with SA_NOCLDWAIT" if that is on. Returns 0. */
+/* Write to ret_text what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or the handler's library or address (after
+ * "ours, and behind it " if ours calls it), and " with SA_NOCLDWAIT" if that is on. Returns 0. */
 int ap_sigchld_describe(char *ret_text, int size);
 
 /* Reap the watched children that have ended, up to AP_BATCH, write them to batch->exits, and remove them from `pids`.

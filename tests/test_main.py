@@ -29,8 +29,6 @@ EXIT_LINE = re.compile(
     r" *\d+\.\d s +(?P<pid>\d+) +(?P<name>worker|clients) +(?P<end>.*?) +\d+\.\d ms +\d+\.\d MiB +\d+ us", re.MULTILINE
 )
 
-needs_pidfds = pytest.mark.skipif(features().backend != "pidfd", reason="pidfds are forbidden here")
-
 
 def ends(output: str, name: str) -> list[str]:
     """What ended the processes of that name, in order."""
@@ -93,6 +91,8 @@ def test_table_shows_each_feature_aligned(capsys: pytest.CaptureFixture[str]) ->
         "pidfd_open": found.pidfd_open,
         "waitid(P_PIDFD)": found.waitid_pidfd,
         "pidfd_send_signal": found.pidfd_send_signal,
+        "clone(CLONE_PIDFD)": found.clone_pidfd,
+        "programs by": found.spawn,
         "PIDFD_INFO_EXIT": found.recover_exit,
         "SIGCHLD": found.sigchld,
         "RLIMIT_NOFILE": str(found.nofile),
@@ -143,7 +143,6 @@ def test_output_that_nobody_reads_is_no_traceback() -> None:
     assert (ended.returncode, ended.stderr) == (1, b"")
 
 
-@needs_pidfds
 def test_demo_sees_every_way_to_end_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with demo("--kills", "4", cwd=tmp_path) as process:
         output, errors = process.communicate(timeout=TIMEOUT_S)
@@ -162,7 +161,6 @@ def test_demo_sees_every_way_to_end_and_leaves_nothing_behind(tmp_path: Path) ->
     assert session_members(process.pid) == []
 
 
-@needs_pidfds
 def test_demo_runs_on_asyncio_where_uvloop_is_missing(tmp_path: Path) -> None:
     program = "import sys; sys.modules['uvloop'] = None; from aiopidfd.__main__ import main; sys.exit(main())"
     with demo("--kills", "1", cwd=tmp_path, program=("-c", program)) as process:
@@ -173,7 +171,6 @@ def test_demo_runs_on_asyncio_where_uvloop_is_missing(tmp_path: Path) -> None:
     assert ALL_SEEN.fullmatch(output.splitlines()[-1])
 
 
-@needs_pidfds
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_signal_to_its_process_group_stops_the_demo_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     with demo(cwd=tmp_path) as process:
@@ -186,7 +183,6 @@ def test_signal_to_its_process_group_stops_the_demo_cleanly(tmp_path: Path, numb
     assert session_members(process.pid) == []
 
 
-@needs_pidfds
 def test_signal_before_the_workers_are_up_stops_the_demo_cleanly(tmp_path: Path) -> None:
     with demo(cwd=tmp_path) as process:
         assert process.stdout is not None
@@ -199,7 +195,6 @@ def test_signal_before_the_workers_are_up_stops_the_demo_cleanly(tmp_path: Path)
     assert session_members(process.pid) == []
 
 
-@needs_pidfds
 def test_killed_demo_takes_its_children_with_it(tmp_path: Path) -> None:
     with demo(cwd=tmp_path) as process, contextlib.ExitStack() as pidfds:
         read_until(process, EXIT_LINE)
@@ -214,7 +209,6 @@ def test_killed_demo_takes_its_children_with_it(tmp_path: Path) -> None:
             assert readable, "a child has outlived the demo"
 
 
-@needs_pidfds
 def test_worker_killed_by_somebody_else_is_seen_too(tmp_path: Path) -> None:
     with demo(cwd=tmp_path) as process:
         url = re.search(r"http://[0-9.:]+/", read_until(process, EXIT_LINE))
@@ -231,7 +225,6 @@ def test_worker_killed_by_somebody_else_is_seen_too(tmp_path: Path) -> None:
     assert ALL_SEEN.fullmatch(output.splitlines()[-1])
 
 
-@needs_pidfds
 def test_demo_keeps_a_progress_line_on_a_terminal(tmp_path: Path) -> None:
     terminal, slave = pty.openpty()
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ._child import notify_ready
 from ._exit import ExitStatus
+from ._features import Features, features
 from ._fork import ChildStartError, afork
 from ._loops import SelectorEventLoop, make_policy_class, make_uvloop_class, run
 from ._process import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
@@ -16,12 +17,14 @@ __all__ = [
     "ChildStartError",
     "EventLoopPolicy",
     "ExitStatus",
+    "Features",
     "PidfdChildProcess",
     "PidfdWatcher",
     "PosixChildProcess",
     "SelectorEventLoop",
     "UvloopEventLoop",
     "afork",
+    "features",
     "notify_ready",
     "run",
     "wait",

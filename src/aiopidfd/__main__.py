@@ -85,9 +85,11 @@ def format_features(found: Features) -> str:
         ("pidfd_open", found.pidfd_open, "to watch a process (Linux 5.3)"),
         ("waitid(P_PIDFD)", found.waitid_pidfd, "to reap a child (Linux 5.4)"),
         ("pidfd_send_signal", found.pidfd_send_signal, "to signal a process and never a stranger (Linux 5.1)"),
+        ("clone(CLONE_PIDFD)", found.clone_pidfd, "to start a program with a pidfd from its birth (Linux 5.2)"),
         ("PIDFD_INFO_EXIT", found.recover_exit, "to recover a status that somebody else has reaped (Linux 6.15)"),
         ("SIGCHLD", found.sigchld, _explain_sigchld(found)),
         ("RLIMIT_NOFILE", str(found.nofile), f"a watched child takes one descriptor; can be raised to {found.nofile_max}"),
+        ("programs by", found.spawn, "clone: in C, half the cost, and no thief can win; Popen: by subprocess"),
         ("backend", found.backend, found.reason),
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -97,7 +99,7 @@ def format_features(found: Features) -> str:
 
 
 def _explain_sigchld(found: Features) -> str:
-    if found.sigchld == "ignored":
+    if found.sigchld.startswith("SIG_IGN"):
         return "the kernel reaps every child at once: " + (
             "statuses are recovered" if found.recover_exit == "yes" else "statuses are lost"
         )

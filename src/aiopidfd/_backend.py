@@ -75,15 +75,22 @@ def probe_pidfd() -> OSError | None:
         # Short of descriptors says nothing about the kernel; each child will try again.
         return None if exc.errno in _linux.OUT_OF_DESCRIPTORS else exc
     try:
-        _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         _linux.send_signal(pidfd, 0)
+        _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:  # we are not our own child: it works
         pass
     except OSError as exc:
+        if exc.errno == errno.EINVAL:
+            return OSError(exc.errno, "waitid(P_PIDFD): pidfds are not available here (Linux before 5.4 cannot wait by them)")
         return exc
     finally:
         os.close(pidfd)
     return None
+
+
+def _environment() -> Choice:
+    """Return what the environment says. ValueError: nothing that can be chosen."""
+    return check_choice(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 class _Decision:
@@ -91,10 +98,11 @@ class _Decision:
 
     def __init__(self) -> None:
         self.name: BackendName | None = None
+        self._told: set[BackendName] = set()
 
     def make(self) -> BackendName:
         """Decide by the environment or else by trying, and log it."""
-        wanted = check_choice(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+        wanted = _environment()
         require(wanted)
         if wanted == "auto":
             obstacle = probe_pidfd()
@@ -102,10 +110,15 @@ class _Decision:
             reason = "the kernel allows it" if obstacle is None else str(obstacle)
         else:
             name, reason = wanted, f"{ENVIRONMENT} says so"
-        if name != self.name:
-            self.name = name
-            logger.info("watching children by %s: %s", name, reason)
+        self.name = name
+        self.tell(name, reason)
         return name
+
+    def tell(self, name: BackendName, reason: str) -> None:
+        """Log, once for each backend, that it is used, and why."""
+        if name not in self._told:
+            self._told.add(name)
+            logger.info("watching children by %s: %s", name, reason)
 
 
 _decision = _Decision()
@@ -115,12 +128,13 @@ def choose(choice: Choice) -> BackendName:
     """Return the backend to try first for a child. OSError: the environment insists on pidfds, and they are forbidden."""
     if choice == "auto":
         return _decision.name or _decision.make()
+    _decision.tell(choice, f"backend={choice!r} says so")
     return choice
 
 
 def require(choice: Choice) -> None:
-    """Raise OSError if `choice` is "pidfd" and pidfds are forbidden here."""
-    if choice == "pidfd":
+    """Raise OSError if `choice`, or for "auto" the environment, insists on pidfds and they are forbidden here."""
+    if (_environment() if choice == "auto" else choice) == "pidfd":
         obstacle = probe_pidfd()
         if obstacle is not None:
             raise obstacle

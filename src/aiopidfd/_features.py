@@ -5,23 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from . import _linux
-from ._backend import BackendName
+from ._backend import BackendName, probe_pidfd
 
 YES: Final = "yes"
 
-SigchldAction = Literal["default", "ignored", "Python handler", "C handler"]
+SpawnName = Literal["clone", "Popen"]
 
 # A descriptor number that is never open: a call that is there answers EBADF, one that is not there something else.
 _NO_DESCRIPTOR: Final = 0x7FFFFFFF
-
-# Linux 5.3 has pidfd_open, and answers EINVAL to waitid(P_PIDFD).
-_WAITID_FORBIDDEN: Final = _linux.FORBIDDEN | {errno.EINVAL}
 
 
 @dataclass(frozen=True)
@@ -33,25 +29,30 @@ class Features:
         pidfd_open: whether a process can be watched by pidfd (Linux 5.3).
         waitid_pidfd: whether a child can be reaped by pidfd (Linux 5.4; EINVAL before).
         pidfd_send_signal: whether a process can be signalled by pidfd (Linux 5.1).
+        clone_pidfd: whether a program can be started with a pidfd from its birth (Linux 5.2).
         recover_exit: whether a status that somebody else has reaped can still be had (Linux 6.15). If not, the errno of
             PIDFD_GET_INFO, or "no" where it is there but does not tell of exits (6.13, 6.14).
-        sigchld: what SIGCHLD does in this process. Where it is ignored the kernel reaps every child at once.
+        sigchld: what SIGCHLD is set to in this process: "SIG_DFL", "SIG_IGN" (then the kernel reaps every child at once),
+            "ours", or whose handler it is.
         nofile: how many descriptors this process may have open (RLIMIT_NOFILE, soft limit); each watched child takes one.
         nofile_max: what that limit can be raised to (hard limit).
         backend: how the ends of children are learnt of here, which follows from pidfd_open and waitid_pidfd.
         reason: why, in words.
+        spawn: how programs are started: by clone(2) in C, or by subprocess.Popen.
     """
 
     kernel: str
     pidfd_open: str
     waitid_pidfd: str
     pidfd_send_signal: str
+    clone_pidfd: str
     recover_exit: str
-    sigchld: SigchldAction
+    sigchld: str
     nofile: int
     nofile_max: int
     backend: BackendName
     reason: str
+    spawn: SpawnName
 
 
 def features() -> Features:
@@ -60,29 +61,24 @@ def features() -> Features:
     It leaves nothing behind. The dearest part is a clone(2) that copies no memory.
     """
     tried = _try_calls()
-    forbidding = _forbidding(tried)
+    obstacle = probe_pidfd()
+    refused = _try(_linux.can_recover_exit)
+    recovers = refused is None and _linux.can_recover_exit()
     nofile, nofile_max = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Features(
         kernel=os.uname().release,
         pidfd_open=_answer(tried.pidfd_open),
         waitid_pidfd=_answer(tried.waitid_pidfd),
         pidfd_send_signal=_answer(tried.pidfd_send_signal),
-        recover_exit=YES if _linux.can_recover_exit() else _answer(tried.get_exit, otherwise="no"),
-        sigchld=_sigchld_action(),
+        clone_pidfd=_answer(refused),
+        recover_exit=YES if recovers else _answer(tried.get_exit, otherwise="no"),
+        sigchld=_linux.describe_sigchld(),
         nofile=nofile,
         nofile_max=nofile_max,
-        backend="sigchld" if forbidding else "pidfd",
-        reason=_explain(forbidding, tried) if forbidding else "processes can be opened and waited for by pidfd",
+        backend="sigchld" if obstacle else "pidfd",
+        reason=_explain(tried) if obstacle else "processes can be opened, waited for and signalled by pidfd",
+        spawn="Popen" if obstacle or refused else "clone",
     )
-
-
-def probe_pidfd() -> OSError | None:
-    """Return the error that forbids pidfds here, None if nothing does.
-
-    ENOSYS, EPERM, EACCES: no such call in this kernel, or a seccomp filter. EINVAL: Linux 5.3, which cannot wait for a
-    pidfd. Being short of descriptors (EMFILE, ENFILE) passes, and so forbids nothing.
-    """
-    return _forbidding(_try_calls())
 
 
 class _Tried(NamedTuple):
@@ -125,35 +121,16 @@ def _try(call: Callable[[], object], *works: int) -> OSError | None:
     return None
 
 
-def _forbidding(tried: _Tried) -> OSError | None:
-    if tried.pidfd_open is not None and tried.pidfd_open.errno in _linux.FORBIDDEN:
-        return tried.pidfd_open
-    if tried.waitid_pidfd is not None and tried.waitid_pidfd.errno in _WAITID_FORBIDDEN:
-        return tried.waitid_pidfd
-    return None
-
-
-def _explain(forbidding: OSError, tried: _Tried) -> str:
-    call, before = ("pidfd_open", "5.3") if forbidding is tried.pidfd_open else ("waitid(P_PIDFD)", "5.4")
-    return f"{call} answers {_answer(forbidding)}: Linux before {before}, or a seccomp filter"
+def _explain(tried: _Tried) -> str:
+    for call, failure in (
+        ("pidfd_open", tried.pidfd_open),
+        ("waitid(P_PIDFD)", tried.waitid_pidfd),
+        ("pidfd_send_signal", tried.pidfd_send_signal),
+    ):
+        if failure is not None and failure.errno not in _linux.OUT_OF_DESCRIPTORS:
+            return f"{call} answers {_answer(failure)}: Linux before 5.4, or a seccomp filter"
+    return "pidfds could not be used a moment ago"
 
 
 def _answer(error: OSError | None, *, otherwise: str = YES) -> str:
     return otherwise if error is None else errno.errorcode.get(error.errno or 0, f"errno {error.errno}")
-
-
-def _sigchld_action() -> SigchldAction:
-    if signal.SIGCHLD in _linux.caught_signals():
-        # Python knows only what it has installed itself: a C library that took over from a Python handler is not told apart.
-        return "Python handler" if callable(signal.getsignal(signal.SIGCHLD)) else "C handler"
-    return "ignored" if _is_ignored(signal.SIGCHLD) else "default"
-
-
-def _is_ignored(number: int) -> bool:
-    """Ask the kernel whether it drops the signal: signal.getsignal() does not see what C code has set."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            ignored = next(int(line.split()[1], 16) for line in status if line.startswith("SigIgn:"))
-    except OSError:  # ENOENT: no /proc in this sandbox. EMFILE, ENFILE: no descriptor left. Then what Python knows must do.
-        return signal.getsignal(number) is signal.SIG_IGN
-    return bool(ignored >> (number - 1) & 1)

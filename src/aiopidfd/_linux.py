@@ -17,8 +17,8 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
 from ._ext import ffi, lib
@@ -118,8 +118,14 @@ def get_exit(pidfd: int) -> int | None:
 
 
 def can_recover_exit() -> bool:
-    """Return whether the status of a child that somebody else reaped can be had here, found out by trying."""
-    return lib.ap_probe_exit_info() == 1
+    """Return whether the status of a child that somebody else reaped can be had here, found out by trying.
+
+    OSError: clone(2) with CLONE_PIDFD, which it tries this with, is not to be had (ENOSYS: Linux before 5.2; or a filter).
+    """
+    result = lib.ap_probe_exit_info()
+    if result < 0:
+        raise error(-result, "clone(CLONE_PIDFD)")
+    return result == 1
 
 
 Record = tuple[int, int, int, int, bytes]
@@ -220,6 +226,63 @@ class Reaper:
             os.close(fd)
 
 
+STEP_PARENT: Final = lib.AP_STEP_PARENT
+STEP_SETUP: Final = lib.AP_STEP_SETUP
+STEP_CHDIR: Final = lib.AP_STEP_CHDIR
+STEP_EXEC: Final = lib.AP_STEP_EXEC
+
+SPAWN_CLOSE_FDS: Final = lib.AP_SPAWN_CLOSE_FDS
+SPAWN_RESTORE_SIGNALS: Final = lib.AP_SPAWN_RESTORE_SIGNALS
+SPAWN_SETSID: Final = lib.AP_SPAWN_SETSID
+
+
+class Program(NamedTuple):
+    """What `spawn` is to start: `ap_program` of cffi_build/spawn.h. No string may hold a NUL byte."""
+
+    paths: Sequence[bytes]
+    argv: Sequence[bytes]
+    env: Sequence[bytes] | None
+    cwd: bytes | None
+    pass_fds: Sequence[int]
+    stdio: tuple[int, int, int]
+    umask: int
+    pgid: int
+    flags: int
+
+
+def _block(strings: Sequence[bytes]) -> Any:
+    return ffi.from_buffer(b"\0".join(strings) + b"\0")
+
+
+def spawn(reaper: Reaper, program: Program) -> tuple[int, int, int]:
+    """Start a program, and hold its pidfd in the reaper.
+
+    Returns its pid and pidfd, and STEP_EXEC. If that fails: minus the errno, -1, and the step (STEP_*) that failed; then
+    there is no child.
+    """
+    # These blocks and arrays live as long as the call, since the locals do.
+    paths, argv = _block(program.paths), _block(program.argv)
+    env = None if program.env is None else _block(program.env)
+    cwd = None if program.cwd is None else _block([program.cwd])
+    result = ffi.new("int[2]")
+    fields = ffi.new("ap_program *")
+    fields.paths, fields.path_count = paths, len(program.paths)
+    fields.argv, fields.argc = argv, len(program.argv)
+    if program.env is None:
+        fields.envc = -1
+    else:
+        fields.envp, fields.envc = env, len(program.env)
+    if cwd is not None:
+        fields.cwd = cwd
+    if program.pass_fds:
+        pass_fds = ffi.new("int[]", program.pass_fds)
+        fields.pass_fds, fields.pass_count = pass_fds, len(program.pass_fds)
+    fields.stdio = program.stdio
+    fields.umask, fields.pgid, fields.flags = program.umask, program.pgid, program.flags
+    pid = lib.ap_spawn(reaper.fileno(), fields, result, result + 1)
+    return (pid, result[0], STEP_EXEC) if pid > 0 else (pid, -1, result[1])
+
+
 BATCH_SIZE: Final = lib.AP_BATCH
 
 
@@ -293,7 +356,7 @@ def forget_sigchld_after_fork() -> None:
 
 
 def describe_sigchld() -> str:
-    """Say what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or whose handler it is."""
+    """Say what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or whose handler it is, or whose is behind ours."""
     text = ffi.new("char[512]")
     lib.ap_sigchld_describe(text, 512)
     return ffi.string(text).decode(errors="replace")

@@ -14,6 +14,7 @@ from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._exit import LOST_RETURNCODE, ExitStatus, Source
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
+from ._thief import find_thief
 
 Observer = Callable[[ExitStatus], object]
 
@@ -167,6 +168,17 @@ class Registry:
         if self._sigchld is None:
             self._sigchld = SigchldBackend(self._reaper)
         return self._sigchld
+
+    def reaper_to_spawn_into(self) -> _linux.Reaper | None:
+        """Return what is to hold the pidfd of a program that is started; None where pidfds are forbidden."""
+        return self._reaper if choose("auto") == "pidfd" else None
+
+    def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
+        """Observe a program whose pidfd the reaper holds since its birth."""
+        with self._lock:
+            child = self._children[pid] = Child(pid, pidfd, self._pidfd, peek=False, stranger=False)
+            child.observers[key] = observer
+            return child
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
@@ -360,7 +372,10 @@ class _Reader:
 
 
 def warn_lost(pid: int) -> None:
-    """Log that the status of a child was taken by somebody else."""
+    """Log that the status of a child was taken by somebody else, and by whom."""
     logger.warning(
-        "child process pid %d: somebody else has read its exit status; will report returncode %d", pid, LOST_RETURNCODE
+        "child process pid %d: somebody else has reaped it, and its exit status is lost; will report returncode %d. Likely: %s",
+        pid,
+        LOST_RETURNCODE,
+        find_thief(),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from . import _linux
@@ -18,6 +19,8 @@ CHECK_INTERVAL_S = 1.0
 _lock = threading.RLock()
 _watched = 0
 _abandoned = False
+_replaced: tuple[float, str] = (0.0, "")  # when our handler was found replaced while it was needed, and by what
+_warned_of_ignored = False
 
 
 def _count(change: int) -> None:
@@ -26,21 +29,38 @@ def _count(change: int) -> None:
     with _lock:
         _watched += change
         if change > 0:
-            if _watched == change:
-                _warn_if_ignored()
-            _linux.install_sigchld()
+            _install(anew=_watched == change)
         elif _watched == 0 and not _abandoned:
             _linux.restore_sigchld()
 
 
-def _warn_if_ignored() -> None:
-    what = _linux.describe_sigchld()
-    if what.startswith("SIG_IGN") or "SA_NOCLDWAIT" in what:
-        logger.warning(
-            "SIGCHLD is %s, so that the kernel reaps children before anybody can ask for their status; "
-            "while aiopidfd watches children it handles SIGCHLD, and other children of this process must be waited for",
-            "ignored" if what.startswith("SIG_IGN") else "handled with SA_NOCLDWAIT",
-        )
+def _install(*, anew: bool) -> None:
+    """Put the handler in front. If it was there, somebody has replaced it: remember by what, for that may have reaped."""
+    global _replaced  # noqa: PLW0603 - the handler is the process's
+    found = _linux.describe_sigchld()
+    if _linux.install_sigchld():
+        _warn_if_ignored(found)
+        if not anew:
+            _replaced = time.monotonic(), found
+
+
+def _warn_if_ignored(found: str) -> None:
+    """Say once, of the handler that was found, that children are lost with it."""
+    global _warned_of_ignored  # noqa: PLW0603 - the handler is the process's
+    if _warned_of_ignored or not (found.startswith("SIG_IGN") or "SA_NOCLDWAIT" in found):
+        return
+    _warned_of_ignored = True
+    logger.warning(
+        "SIGCHLD is %s, so that the kernel reaps children before anybody can ask for their status; "
+        "while aiopidfd watches children it handles SIGCHLD, and other children of this process must be waited for",
+        "ignored" if found.startswith("SIG_IGN") else "handled with SA_NOCLDWAIT",
+    )
+
+
+def recent_replacement() -> str:
+    """Say what our handler was replaced by within the last two checks, as `describe_sigchld` does; "" for nothing."""
+    when, what = _replaced
+    return what if time.monotonic() - when < 2 * CHECK_INTERVAL_S else ""
 
 
 def forget_after_fork() -> None:
@@ -137,7 +157,8 @@ class SigchldBackend(Backend):
     def check(self) -> Iterator[_linux.Record]:
         """Put the handler back in front if somebody has replaced it, and ask for every child and stranger."""
         if len(self._pids):
-            _linux.install_sigchld()
+            with _lock:
+                _install(anew=False)
         for pid, started in tuple(self._strangers.items()):
             if _start_time(pid) != started:
                 del self._strangers[pid]

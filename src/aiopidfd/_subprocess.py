@@ -10,8 +10,10 @@ from typing import Any
 
 from ._backend import logger
 from ._exit import ExitStatus
+from ._pipes import ReadPipeTransport
 from ._registries import registry_of
 from ._registry import Child, Registry, warn_lost
+from ._spawn import start
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
 Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]
@@ -86,9 +88,9 @@ async def _start(
     kwargs = _check_unsupported(**kwargs)
     protocol = protocol_factory()
     registry = registry_of(loop)  # fails before there is a process, if it must
-    process = subprocess.Popen(args, bufsize=0, **kwargs)  # noqa: ASYNC220 - it blocks until the exec, as asyncio's own does
+    process, pidfd = start(registry.reaper_to_spawn_into(), args, **kwargs)
     try:
-        transport = SubprocessTransport(loop, registry, protocol, process)
+        transport = SubprocessTransport(loop, registry, protocol, process, pidfd)
     except BaseException:
         _end_unwatched(process)
         raise
@@ -131,6 +133,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         registry: Registry,
         protocol: asyncio.SubprocessProtocol,
         process: subprocess.Popen[bytes],
+        pidfd: int,
     ) -> None:
         super().__init__({"subprocess": process})
         self._loop = loop
@@ -143,12 +146,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._pipes: dict[int, _PipeProtocol] = {}
         self._early: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = []  # before connection_made
         self._child: Child | None = None
-        try:
-            self._child = registry.observe(process.pid, self, self._process_exited)
-        except (ProcessLookupError, ChildProcessError):
-            # Somebody else has reaped it between its birth and our pidfd_open.
-            warn_lost(process.pid)
-            loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
+        if pidfd >= 0:
+            self._child = registry.observe_spawned(process.pid, pidfd, self, self._process_exited)
+        else:
+            try:
+                self._child = registry.observe(process.pid, self, self._process_exited)
+            except (ProcessLookupError, ChildProcessError):
+                # Somebody else has reaped it between its birth and our pidfd_open.
+                warn_lost(process.pid)
+                loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
         self._closed = False
 
     def __repr__(self) -> str:
@@ -166,10 +172,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         loop, process = self._loop, self._process
         if process.stdin is not None:
             await loop.connect_write_pipe(lambda: self._add_pipe(0), process.stdin)
-        if process.stdout is not None:
-            await loop.connect_read_pipe(lambda: self._add_pipe(1), process.stdout)
-        if process.stderr is not None:
-            await loop.connect_read_pipe(lambda: self._add_pipe(2), process.stderr)
+        for fd, file in ((1, process.stdout), (2, process.stderr)):
+            if file is not None:
+                pipe = self._add_pipe(fd)
+                pipe.transport = ReadPipeTransport(loop, file, pipe.data_received, pipe.connection_lost)
         connected = loop.create_future()
         loop.call_soon(self._connection_made, connected)
         await connected
@@ -185,6 +191,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         assert self._early is not None
         early, self._early = self._early, None
         self._protocol.connection_made(self)
+        for pipe in self._pipes.values():
+            if isinstance(pipe.transport, ReadPipeTransport):
+                pipe.transport.resume_reading()
         for callback, args in early:
             callback(*args)
 
