@@ -35,15 +35,15 @@ class ExitStatus:
     def __init__(self, pid: int, status: int, source: Source, rusage: bytes | None = None) -> None:
         self.pid = pid
         self.source = source
+        self.core_dumped = status & 0x80 != 0
         self._rusage = rusage
         self.returncode: int | None
         if source == "lost":
-            self.returncode, self.core_dumped = LOST_RETURNCODE, False
+            self.returncode = LOST_RETURNCODE
         elif source == "not-child":
-            self.returncode, self.core_dumped = None, False
+            self.returncode = None
         else:
             self.returncode = os.waitstatus_to_exitcode(status)
-            self.core_dumped = status & 0x80 != 0
 
     @property
     def rusage(self) -> struct_rusage | None:

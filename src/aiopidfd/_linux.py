@@ -181,6 +181,10 @@ class Reaper:
             raise error(-pidfd, f"cannot watch pid {pid}")
         return pidfd
 
+    def try_add(self, pid: int, flags: int) -> int:
+        """Do what `add` does; return minus the errno where that raises."""
+        return lib.ap_reaper_add(self._fd, pid, flags)
+
     def adopt(self, pid: int, pidfd: int, flags: int) -> None:
         """Hold an open pidfd. EEXIST: held already; EBADF, EPERM: not a pidfd."""
         result = lib.ap_reaper_adopt(self._fd, pid, pidfd, flags)

@@ -8,13 +8,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 
 from . import _linux
 from ._backend import Backend, Choice, choose, is_forbidden, logger
-from ._exit import LOST_RETURNCODE, ExitStatus, Source
+from ._exit import ExitStatus, Source
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
-from ._thief import find_thief
+from ._thief import warn_lost as warn_lost  # noqa: PLC0414 - _subprocess takes it from here
 
 Observer = Callable[[ExitStatus], object]
 
@@ -36,17 +37,17 @@ class Child:
     whoever watches to what to call; a second entry of the same key replaces the first.
     """
 
-    __slots__ = ("backend", "ended", "observers", "peek", "peekers", "pid", "pidfd", "stranger")
+    # Of nearly every child, and so not written once for each.
+    ended = False
+    peek = False
+    stranger = False
+    peekers: AbstractSet[object] = frozenset()  # the observers that asked for reap=False
 
-    def __init__(self, pid: int, pidfd: int, backend: Backend, *, peek: bool, stranger: bool) -> None:
+    def __init__(self, pid: int, pidfd: int, backend: Backend) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.backend = backend
-        self.peek = peek
-        self.stranger = stranger
-        self.ended = False
         self.observers: dict[object, Observer] = {}
-        self.peekers: set[object] = set()  # the observers that asked for reap=False
 
 
 class Registry:
@@ -116,21 +117,31 @@ class Registry:
             if self.closed:
                 raise RuntimeError("the event loop is closed")
             child = self._children.get(pid)
-            if child is None:
+            if child is None or self._is_of_the_past(child):
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
             elif pidfd >= 0:
                 os.close(pidfd)
             child.observers[key] = observer
-            if reap:
-                child.peekers.discard(key)
-            else:
-                child.peekers.add(key)
-            if child.peek is reap:
+            if child.peekers or not reap:
+                child.peekers = child.peekers - {key} if reap else child.peekers | {key}
                 self._agree_on_peek(child)
             return child
 
+    def _is_of_the_past(self, child: Child) -> bool:
+        """Return whether `child` was reaped by somebody else and its number is another process's; if so, it will be told."""
+        if not child.backend.is_recycled(child.pid, child.pidfd):
+            return False
+        for _ in range(2 + len(self._children)):  # the reaper has it among the ready, at most so many batches away
+            if child.ended:
+                break
+            self._reap()
+        loop = self.loop()
+        if loop is not None:
+            self._in_loop(loop.call_soon, self.collect)
+        return child.ended
+
     def _add(self, pid: int, pidfd: int, choice: Choice, *, check: bool, stranger: bool, peek: bool) -> Child:
-        backend = self._pidfd if choose(choice) == "pidfd" else self._get_sigchld()
+        backend: Backend = self._pidfd if choose(choice) == "pidfd" else self._get_sigchld()
         try:
             child = self._try(backend, pid, pidfd, check=check, stranger=stranger, peek=peek)
         except OSError as exc:
@@ -162,7 +173,9 @@ class Registry:
                 if not stranger:
                     raise
                 pidfd, foreign = backend.add(pid, flags), True
-        return Child(pid, pidfd, backend, peek=peek, stranger=foreign)
+        child = Child(pid, pidfd, backend)
+        child.peek, child.stranger = peek, foreign
+        return child
 
     def _get_sigchld(self) -> SigchldBackend:
         if self._sigchld is None:
@@ -176,7 +189,10 @@ class Registry:
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
         """Observe a program whose pidfd the reaper holds since its birth."""
         with self._lock:
-            child = self._children[pid] = Child(pid, pidfd, self._pidfd, peek=False, stranger=False)
+            last = self._children.get(pid)
+            if last is not None:
+                self._is_of_the_past(last)  # it is, and so is told
+            child = self._children[pid] = Child(pid, pidfd, self._pidfd)
             child.observers[key] = observer
             return child
 
@@ -186,7 +202,8 @@ class Registry:
             child = self._children.get(pid)
             if child is None or child.observers.pop(key, None) is None:
                 return False
-            child.peekers.discard(key)
+            if child.peekers:
+                child.peekers -= {key}
             if child.observers:
                 self._agree_on_peek(child)
             else:
@@ -234,12 +251,19 @@ class Registry:
         try:
             with self._lock:
                 self._reap()
-            while self._untold:
-                child, status = self._untold.popleft()
+            untold = self._untold
+            while untold:
+                child, status = untold.popleft()
+                observers = child.observers
                 # Taken one by one, so that nobody is told twice and nobody is forgotten when one of them raises.
-                while child.observers:
-                    _, observer = child.observers.popitem()
-                    self._tell(observer, status)
+                while observers:
+                    _, observer = observers.popitem()
+                    try:
+                        observer(status)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as exc:
+                        self._report(exc, status)
         except BaseException:
             # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
             loop = self.loop()
@@ -269,7 +293,11 @@ class Registry:
                 if child.stranger:
                     self._give_stranger_time(child)
             else:
-                untold.append((child, self._exit_status(child, status, source, rusage)))
+                if source == _linux.SOURCE_REAPED:
+                    exit_status = ExitStatus(pid, status, "reaped", rusage)
+                else:
+                    exit_status = self._exit_status(child, status, source, rusage)
+                untold.append((child, exit_status))
                 child.ended = True
                 child.pidfd = -1
                 del children[pid]
@@ -315,17 +343,12 @@ class Registry:
             self._untold.append((child, ExitStatus(child.pid, 0, "not-child")))
         self.collect()
 
-    def _tell(self, observer: Observer, status: ExitStatus) -> None:
-        try:
-            observer(status)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            loop = self.loop()
-            if loop is not None:
-                loop.call_exception_handler(
-                    {"message": f"Exception in the exit callback for pid {status.pid}", "exception": exc}
-                )
+    def _report(self, exc: BaseException, status: ExitStatus) -> None:
+        loop = self.loop()
+        if loop is not None:
+            loop.call_exception_handler(
+                {"message": f"Exception in the exit callback for pid {status.pid}", "exception": exc}
+            )
 
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
@@ -369,13 +392,3 @@ class _Reader:
 
     def __call__(self) -> None:
         self._registry.collect()
-
-
-def warn_lost(pid: int) -> None:
-    """Log that the status of a child was taken by somebody else, and by whom."""
-    logger.warning(
-        "child process pid %d: somebody else has reaped it, and its exit status is lost; will report returncode %d. Likely: %s",
-        pid,
-        LOST_RETURNCODE,
-        find_thief(),
-    )

@@ -108,17 +108,13 @@ with warnings.catch_warnings():
             return [pid for registry in find_registries() if registry.loop() is loop for pid in registry.unobserve_all(self)]
 
         def _get_registry(self) -> Registry:
+            if self._closed:
+                raise RuntimeError("the child watcher is closed")
             loop = asyncio._get_running_loop() or self._loop
-            registry = self._registry
-            if registry is None or registry.loop() is not loop or registry.closed:
-                if self._closed:
-                    raise RuntimeError("the child watcher is closed")
-                if loop is None:
-                    raise RuntimeError(
-                        "no running event loop: call this from a coroutine or a callback, or attach_loop() first"
-                    )
-                registry = self._registry = registry_of(loop)
-            return registry
+            if loop is None:
+                raise RuntimeError("no running event loop: call this from a coroutine or a callback, or attach_loop() first")
+            self._registry = registry_of(loop)
+            return self._registry
 
         def add_child_handler(self, pid: int, callback: Callable[..., object], *args: Any) -> None:
             """Have `callback(pid, returncode, *args)` called in the loop's thread, once, when the child ends.
@@ -137,9 +133,10 @@ with warnings.catch_warnings():
                 check_pid(pid)
             if not callable(callback):
                 raise TypeError(f"callback must be callable, not {type(callback).__name__}")
-            self._get_registry().observe(
-                pid, self, lambda status: callback(pid, status.returncode, *args), backend=self._backend
-            )
+            registry = self._registry
+            if registry is None or registry.closed or registry.loop() is not (asyncio._get_running_loop() or self._loop):
+                registry = self._get_registry()
+            registry.observe_child(pid, self, lambda status: callback(pid, status.returncode, *args), self._backend)
 
         def remove_child_handler(self, pid: int) -> bool:
             """Take back `add_child_handler`; return whether there was a handler. The child is no longer reaped by us."""
