@@ -127,6 +127,17 @@ class Registry:
                 self._agree_on_peek(child)
             return child
 
+    def observe_child(self, pid: int, key: object, observer: Observer, choice: Choice) -> None:
+        """Do what `observe` does for a child that it is told of by pid, in fewer steps where nothing is out of the way."""
+        with self._lock:
+            if pid not in self._children and not self.closed and choose(choice) == "pidfd":
+                pidfd = self._reaper.try_add(pid, _linux.ADD_CHECK_CHILD)
+                if pidfd >= 0:
+                    child = self._children[pid] = Child(pid, pidfd, self._pidfd)
+                    child.observers[key] = observer
+                    return
+            self.observe(pid, key, observer, backend=choice)
+
     def _is_of_the_past(self, child: Child) -> bool:
         """Return whether `child` was reaped by somebody else and its number is another process's; if so, it will be told."""
         if not child.backend.is_recycled(child.pid, child.pidfd):
