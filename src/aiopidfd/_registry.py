@@ -43,11 +43,11 @@ class Child:
     stranger = False
     peekers: AbstractSet[object] = frozenset()  # the observers that asked for reap=False
 
-    def __init__(self, pid: int, pidfd: int, backend: Backend) -> None:
+    def __init__(self, pid: int, pidfd: int, backend: Backend, observers: dict[object, Observer]) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.backend = backend
-        self.observers: dict[object, Observer] = {}
+        self.observers = observers
 
 
 class Registry:
@@ -133,8 +133,7 @@ class Registry:
             if pid not in self._children and not self.closed and choose(choice) == "pidfd":
                 pidfd = self._reaper.try_add(pid, _linux.ADD_CHECK_CHILD)
                 if pidfd >= 0:
-                    child = self._children[pid] = Child(pid, pidfd, self._pidfd)
-                    child.observers[key] = observer
+                    self._children[pid] = Child(pid, pidfd, self._pidfd, {key: observer})
                     return
             self.observe(pid, key, observer, backend=choice)
 
@@ -184,7 +183,7 @@ class Registry:
                 if not stranger:
                     raise
                 pidfd, foreign = backend.add(pid, flags), True
-        child = Child(pid, pidfd, backend)
+        child = Child(pid, pidfd, backend, {})
         child.peek, child.stranger = peek, foreign
         return child
 
@@ -203,8 +202,7 @@ class Registry:
             last = self._children.get(pid)
             if last is not None:
                 self._is_of_the_past(last)  # it is, and so is told
-            child = self._children[pid] = Child(pid, pidfd, self._pidfd)
-            child.observers[key] = observer
+            child = self._children[pid] = Child(pid, pidfd, self._pidfd, {key: observer})
             return child
 
     def unobserve(self, pid: int, key: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from asyncio import _get_running_loop
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -73,7 +74,7 @@ with warnings.catch_warnings():
             """Return whether `add_child_handler` would find a running loop."""
             if self._closed:
                 return False
-            return asyncio._get_running_loop() is not None or (self._loop is not None and self._loop.is_running())
+            return _get_running_loop() is not None or (self._loop is not None and self._loop.is_running())
 
         def attach_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
             """Plug into `loop`: from now on its subprocesses go through us, whoever made the loop. None: take that back.
@@ -110,7 +111,7 @@ with warnings.catch_warnings():
         def _get_registry(self) -> Registry:
             if self._closed:
                 raise RuntimeError("the child watcher is closed")
-            loop = asyncio._get_running_loop() or self._loop
+            loop = _get_running_loop() or self._loop
             if loop is None:
                 raise RuntimeError("no running event loop: call this from a coroutine or a callback, or attach_loop() first")
             self._registry = registry_of(loop)
@@ -134,7 +135,7 @@ with warnings.catch_warnings():
             if not callable(callback):
                 raise TypeError(f"callback must be callable, not {type(callback).__name__}")
             registry = self._registry
-            if registry is None or registry.closed or registry.loop() is not (asyncio._get_running_loop() or self._loop):
+            if registry is None or registry.closed or registry.loop() is not (_get_running_loop() or self._loop):
                 registry = self._get_registry()
             registry.observe_child(pid, self, lambda status: callback(pid, status.returncode, *args), self._backend)
 
