@@ -158,6 +158,7 @@ def _draw_lines(axes: Axes, benchmark: Benchmark, table: Table, metric: str) -> 
         axes.set_xscale("log")
     axes.set_xticks(table.xs, [_write_x(x, short=len(table.xs) > 3) for x in table.xs])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.1)
 
 
 def _draw_bars(axes: Axes, benchmark: Benchmark, table: Table, metric: str) -> None:

@@ -27,10 +27,11 @@ def _write_benchmark(benchmark: Benchmark, table: Table) -> Iterator[str]:
             yield from ("", f"**{metric.title}**, p50 in {metric.unit}", "")
             yield from _write_medians(benchmark, table, name, peers)
             yield from _write_faster_peers(benchmark, table, name, metric)
-    yield from ("", *(f"- {note}" for note in benchmark.notes))
-    yield from (f"- Missing: {peer} ({reason})." for peer, reason in table.troubles("missing"))
+    remarks = [*benchmark.notes, *(f"Missing: {peer} ({reason})." for peer, reason in table.troubles("missing"))]
     for (peer, reason), xs in table.troubles("error").items():
-        yield f"- Failed: {peer} at {', '.join(f'{x:,}' for x in xs)}: {reason}."
+        remarks.append(f"Failed: {peer} at {', '.join(f'{x:,}' for x in xs)}: {reason}.")
+    if remarks:
+        yield from ("", *(f"- {remark}" for remark in remarks))
     yield from ("", "<details><summary>All percentiles</summary>", "")
     yield from _write_details(benchmark, table)
     yield from ("", "</details>")
