@@ -48,6 +48,10 @@ class Backend(ABC):
     def remove(self, pid: int, pidfd: int) -> None:
         """Watch `pid` no longer, and close its pidfd."""
 
+    def is_recycled(self, pid: int, pidfd: int) -> bool:
+        """Return whether somebody else has reaped a watched child and `pid` is another process's, if that can be known."""
+        return False
+
     @abstractmethod
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
         """Signal a watched child and nobody else. ESRCH: it has been reaped."""
@@ -81,7 +85,9 @@ def probe_pidfd() -> OSError | None:
         pass
     except OSError as exc:
         if exc.errno == errno.EINVAL:
-            return OSError(exc.errno, "waitid(P_PIDFD): pidfds are not available here (Linux before 5.4 cannot wait by them)")
+            return OSError(
+                exc.errno, "waitid(P_PIDFD): pidfds are not available here (Linux before 5.4 cannot wait by them)"
+            )
         return exc
     finally:
         os.close(pidfd)

@@ -312,6 +312,11 @@ class Pids:
         """Remove a child; return whether it was there."""
         return lib.ap_pids_remove(self._pids, pid) == 1
 
+    @property
+    def deferred(self) -> bool:
+        """Whether the last `reap` has left something to be looked for by another one, soon."""
+        return bool(self._pids.deferred)
+
     def reap(self, scan: bool) -> tuple[int, Iterator[Record]]:
         """Reap what has ended; return how many there are, and what. `scan`: ask for each child."""
         count = lib.ap_sigchld_reap(self._pids, scan, self._batch.struct)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Coroutine
@@ -17,17 +18,10 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 class _Plugged:
-    """What our loop classes have before the loop that they extend."""
+    """What our loop classes have before the loop that they extend: the loop is the first argument of these functions."""
 
-    async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Transported:
-        """Start a program; see asyncio's `loop.subprocess_exec`, whose arguments these are."""
-        assert isinstance(self, asyncio.AbstractEventLoop)
-        return await subprocess_exec(self, *args, **kwargs)
-
-    async def subprocess_shell(self, *args: Any, **kwargs: Any) -> Transported:
-        """Start a shell command; see asyncio's `loop.subprocess_shell`, whose arguments these are."""
-        assert isinstance(self, asyncio.AbstractEventLoop)
-        return await subprocess_shell(self, *args, **kwargs)
+    subprocess_exec = subprocess_exec
+    subprocess_shell = subprocess_shell
 
 
 class SelectorEventLoop(_Plugged, asyncio.SelectorEventLoop):  # type: ignore[misc] # _Plugged's signatures are wider
@@ -94,7 +88,8 @@ def _run_before_runner(main: Coroutine[Any, Any, _T], factory: LoopFactory, debu
             left = asyncio.all_tasks(loop)
             for task in left:
                 task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            if left:  # an empty gather() looks for a current loop, and Python 3.10.0 to 3.10.8 warn that there is none
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             for task in left:
                 if not task.cancelled() and task.exception() is not None:
                     loop.call_exception_handler(
@@ -138,16 +133,24 @@ def make_policy_class() -> type[Any]:
             return self._aiopidfd_watcher
 
         def set_child_watcher(self, watcher: Any) -> None:
-            """Set the child watcher. Subprocesses of our loops do not need one."""
+            """Set the child watcher, and close the one before. Subprocesses of our loops do not need one."""
+            if self._aiopidfd_watcher is not None:
+                self._aiopidfd_watcher.close()
             self._aiopidfd_watcher = watcher
+
+        def set_event_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+            """Set the current loop; in the main thread attach the child watcher to it, as asyncio's policy does."""
+            super().set_event_loop(loop)
+            if self._aiopidfd_watcher is not None and threading.current_thread() is threading.main_thread():
+                self._aiopidfd_watcher.attach_loop(loop)
 
     EventLoopPolicy.__module__ = "aiopidfd"
     EventLoopPolicy.__qualname__ = "EventLoopPolicy"
     return EventLoopPolicy
 
 
-# Loops that somebody else made, and the watchers that have plugged into them.
-_plugs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[int]] = weakref.WeakKeyDictionary()
+# Loops that somebody else made, and the watchers that have plugged into them. A watcher that was dropped stays plugged.
+_plugs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[weakref.ref[object]]] = weakref.WeakKeyDictionary()
 
 
 def plug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
@@ -159,7 +162,7 @@ def plug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
         # On the instance, so that other loops of the class stay as they are. Weak: the loop must not hold itself.
         for function in (subprocess_exec, subprocess_shell):
             setattr(loop, function.__name__, partial(_call_plugged, function, weakref.ref(loop)))
-    plugs.add(id(watcher))
+    plugs.add(weakref.ref(watcher))
 
 
 def unplug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
@@ -167,7 +170,7 @@ def unplug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
     plugs = _plugs.get(loop)
     if plugs is None:
         return
-    plugs.discard(id(watcher))
+    plugs.discard(weakref.ref(watcher))
     if not plugs:
         del _plugs[loop]
         for function in (subprocess_exec, subprocess_shell):

@@ -36,6 +36,23 @@ class PidfdBackend(Backend):
         """Let go of the pidfd and close it."""
         self._reaper.remove(pidfd)
 
+    def is_recycled(self, pid: int, pidfd: int) -> bool:
+        """Ask by pidfd and by pid: gone by the one, and there by the other."""
+        try:
+            _linux.send_signal(pidfd, 0)
+        except OSError as exc:
+            if exc.errno != errno.ESRCH:  # EPERM, EACCES, ENOSYS: it runs as another user, or a filter does not let us know
+                return False
+        else:
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:  # nobody has the number
+            return False
+        except PermissionError:  # another user's process has it
+            pass
+        return True
+
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
         """Signal by pidfd."""
         _linux.send_signal(pidfd, signal)

@@ -1,35 +1,37 @@
-"""The reading end of a subprocess's pipe, by the loop's public methods alone and with nothing in between."""
+"""Our ends of a subprocess's pipes: the same on every loop, by its public methods alone, and ready at once."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+# loop.connect_read_pipe and connect_write_pipe would do, too, but they have to be waited for: a subprocess could be
+# cancelled half-made, and each pipe costs some five callbacks and a future.
 
 _PIPE_SIZE = 65536  # what a pipe holds by default
+_HIGH_WATER = 65536  # asyncio's default, too
+
+
+class PipeProtocol(Protocol):
+    """Who is told of a pipe's events: a part of asyncio.Protocol."""
+
+    def data_received(self, data: bytes) -> None: ...
+    def connection_lost(self, exc: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
 
 
 class ReadPipeTransport(asyncio.ReadTransport):
-    """Pass on what can be read from a pipe.
+    """Pass on what can be read from a pipe, once `resume_reading` was called."""
 
-    loop.connect_read_pipe would do it, too, at the cost of five more callbacks and a future for each pipe.
-    """
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        pipe: Any,
-        received: Callable[[bytes], object],
-        lost: Callable[[Exception | None], object],
-    ) -> None:
-        """Own `pipe`, a file object; `received` gets the data, `lost` the end: None, or the error."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
+        """Own `pipe`, a file object."""
         super().__init__({"pipe": pipe})
         self._loop = loop
         self._pipe = pipe
         self._fd: int = pipe.fileno()
-        self._received = received
-        self._lost = lost
+        self._protocol = protocol
         self._closing = False
         self._paused = True
         os.set_blocking(self._fd, False)
@@ -50,7 +52,7 @@ class ReadPipeTransport(asyncio.ReadTransport):
             self._end(exc)
             return
         if data:
-            self._received(data)
+            self._protocol.data_received(data)
         else:
             self._end(None)
 
@@ -85,4 +87,135 @@ class ReadPipeTransport(asyncio.ReadTransport):
             self._loop.remove_reader(self._fd)
         self._closing = True
         self._pipe.close()
-        self._loop.call_soon(self._lost, exc)
+        self._loop.call_soon(self._protocol.connection_lost, exc)
+
+
+class WritePipeTransport(asyncio.WriteTransport):
+    """Write to a pipe, what does not fit into it when it can take more.
+
+    As asyncio's: to write once it is closed does nothing; the other end's closing closes it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
+        """Own `pipe`, a file object."""
+        super().__init__({"pipe": pipe})
+        self._loop = loop
+        self._pipe = pipe
+        self._fd: int = pipe.fileno()
+        self._protocol = protocol
+        self._buffer = bytearray()
+        self._closing = False
+        self._paused = False  # the protocol
+        self._high, self._low = _HIGH_WATER, _HIGH_WATER // 4
+        os.set_blocking(self._fd, False)
+        loop.add_reader(self._fd, self._closed_by_peer)  # an end for writing is "readable" when nobody can read any more
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} fd={self._fd} {'closing' if self._closing else 'open'} {len(self._buffer)} buffered>"
+
+    def __del__(self) -> None:
+        self._pipe.close()  # the loop was closed before us
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Write data, or buffer what does not fit."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self._closing or not data:
+            return
+        rest = memoryview(data).cast("B")
+        if not self._buffer:
+            try:
+                rest = rest[os.write(self._fd, rest) :]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as exc:  # EPIPE: nobody can read any more
+                self._end(exc)
+                return
+            if not rest:
+                return
+            self._loop.add_writer(self._fd, self._write_more)
+        self._buffer += rest
+        self._tell_flow()
+
+    def _write_more(self) -> None:
+        try:
+            del self._buffer[: os.write(self._fd, self._buffer)]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._end(exc)
+            return
+        self._tell_flow()
+        if not self._buffer:
+            self._loop.remove_writer(self._fd)
+            if self._closing:
+                self._finish(None)
+
+    def _closed_by_peer(self) -> None:
+        self._end(BrokenPipeError() if self._buffer else None)
+
+    def _tell_flow(self) -> None:
+        size = len(self._buffer)
+        if not self._paused and size > self._high:
+            self._paused = True
+            self._protocol.pause_writing()
+        elif self._paused and size <= self._low:
+            self._paused = False
+            self._protocol.resume_writing()
+
+    def can_write_eof(self) -> bool:
+        """Return True: to close a pipe is to end what is read from it."""
+        return True
+
+    def write_eof(self) -> None:
+        """Close the pipe once all is written."""
+        if self._closing:
+            return
+        self._closing = True
+        if not self._buffer:
+            self._finish(None)
+
+    def close(self) -> None:
+        """Close the pipe once all is written."""
+        self.write_eof()
+
+    def abort(self) -> None:
+        """Close the pipe, and drop what is not written."""
+        self._end(None)
+
+    def is_closing(self) -> bool:
+        """Return whether the pipe is closed, or will be."""
+        return self._closing
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes are not written yet."""
+        return len(self._buffer)
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Return the limits, low and high."""
+        return self._low, self._high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set above how many buffered bytes the protocol is paused, and down to how many it is resumed."""
+        if high is None:
+            high = _HIGH_WATER if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        self._high, self._low = high, low
+        self._tell_flow()
+
+    def _end(self, exc: Exception | None) -> None:
+        if self._pipe.closed:
+            return
+        self._closing = True
+        if self._buffer:
+            self._loop.remove_writer(self._fd)
+            self._buffer.clear()
+        self._finish(exc)
+
+    def _finish(self, exc: Exception | None) -> None:
+        self._loop.remove_reader(self._fd)
+        self._pipe.close()
+        self._loop.call_soon(self._protocol.connection_lost, exc)

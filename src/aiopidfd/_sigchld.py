@@ -97,12 +97,13 @@ def settle_abandoned() -> None:
 class SigchldBackend(Backend):
     """Watch children by pid. A chained SIGCHLD handler in C wakes the loop's reaper; then we look at what is dead."""
 
-    __slots__ = ("_pids", "_strangers")
+    __slots__ = ("_pids", "_reaper", "_strangers")
 
     name = "sigchld"
 
     def __init__(self, reaper: _linux.Reaper) -> None:
         """EMFILE, ENFILE: out of descriptors."""
+        self._reaper = reaper
         reaper.add_wake(_linux.open_sigchld())
         self._pids = _linux.Pids()
         self._strangers: dict[int, bytes] = {}  # processes that send us no SIGCHLD: pid -> start time
@@ -151,6 +152,10 @@ class SigchldBackend(Backend):
             if count:
                 self._pids.release()
                 _count(-count)
+            if self._pids.deferred:
+                # Let those that were found be told first. To modify what is readable wakes this loop, and no other.
+                self._reaper.modify(0, _linux.open_sigchld(), 0)
+                return
             if count < _linux.BATCH_SIZE:
                 return
 

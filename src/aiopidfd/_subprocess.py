@@ -10,7 +10,7 @@ from typing import Any
 
 from ._backend import logger
 from ._exit import ExitStatus
-from ._pipes import ReadPipeTransport
+from ._pipes import ReadPipeTransport, WritePipeTransport
 from ._registries import registry_of
 from ._registry import Child, Registry, warn_lost
 from ._spawn import start
@@ -21,7 +21,7 @@ Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]
 StrOrPath = Any
 
 
-async def subprocess_exec(  # the signature is that of loop.subprocess_exec
+async def subprocess_exec(
     loop: asyncio.AbstractEventLoop,
     protocol_factory: ProtocolFactory,
     program: StrOrPath,
@@ -35,7 +35,7 @@ async def subprocess_exec(  # the signature is that of loop.subprocess_exec
     """Do what `loop.subprocess_exec` does, through the registry of `loop`."""
     if shell:
         raise ValueError("shell must be False")
-    return await _start(loop, protocol_factory, (program, *args), stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+    return _start(loop, protocol_factory, (program, *args), (stdin, stdout, stderr), kwargs)
 
 
 async def subprocess_shell(
@@ -54,68 +54,61 @@ async def subprocess_shell(
         raise ValueError("cmd must be a string")
     if not shell:
         raise ValueError("shell must be True")
-    return await _start(loop, protocol_factory, cmd, shell=True, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+    return _start(loop, protocol_factory, cmd, (stdin, stdout, stderr), {"shell": True, **kwargs})
 
 
-def _check_unsupported(
-    universal_newlines: bool = False,
-    bufsize: int = 0,
-    text: bool | None = None,
-    encoding: str | None = None,
-    errors: str | None = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Refuse what asyncio refuses, in its words; return the rest."""
-    if universal_newlines:
-        raise ValueError("universal_newlines must be False")
-    if bufsize != 0:
-        raise ValueError("bufsize must be 0")
-    if text:
-        raise ValueError("text must be False")
-    if encoding is not None:
-        raise ValueError("encoding must be None")
-    if errors is not None:
-        raise ValueError("errors must be None")
-    return kwargs
+# What asyncio refuses of Popen's keywords, each with the value that it allows.
+_FIXED = {"universal_newlines": False, "bufsize": 0, "text": False, "encoding": None, "errors": None}
 
 
-async def _start(
+def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError, in asyncio's words, for what asyncio refuses; drop what says nothing."""
+    for name, allowed in _FIXED.items():
+        if name in kwargs:
+            value = kwargs.pop(name)
+            if value != allowed and not (name == "text" and value is None):
+                raise ValueError(f"{name} must be {allowed}")
+
+
+def _start(
     loop: asyncio.AbstractEventLoop,
     protocol_factory: ProtocolFactory,
     args: Any,
-    **kwargs: Any,
+    streams: tuple[Any, Any, Any],
+    kwargs: dict[str, Any],
 ) -> Transported:
-    kwargs = _check_unsupported(**kwargs)
+    """Start a program and connect everything, in one step: there is no await at which it could be cancelled half-made."""
+    if kwargs:
+        _refuse_unsupported(kwargs)
     protocol = protocol_factory()
     registry = registry_of(loop)  # fails before there is a process, if it must
-    process, pidfd = start(registry.reaper_to_spawn_into(), args, **kwargs)
+    process, pidfd = start(registry.reaper_to_spawn_into(), args, *streams, **kwargs)
     try:
         transport = SubprocessTransport(loop, registry, protocol, process, pidfd)
+        try:
+            transport._connect()
+        except BaseException:
+            transport.close()
+            raise
     except BaseException:
-        _end_unwatched(process)
-        raise
-    try:
-        await transport._connect()
-    except BaseException:
-        transport.close()
-        while transport.get_returncode() is None:  # however often we are cancelled meanwhile: it has been killed
-            try:
-                await transport._wait()
-            except asyncio.CancelledError:
-                continue
+        _end_half_made(process)
         raise
     if loop.get_debug():
         logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
     return transport, protocol
 
 
-def _end_unwatched(process: subprocess.Popen[bytes]) -> None:
-    """Kill and reap a process that could not be watched, and close our ends of its pipes."""
-    process.kill()
-    process.wait()
+def _end_half_made(process: subprocess.Popen[bytes]) -> None:
+    """Close our ends of the pipes of a process that could not be watched or connected, kill it, and reap it."""
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
             pipe.close()
+    try:
+        process.kill()
+    except PermissionError:  # it runs as another user now; `subprocess` itself reaps it, when it starts another one
+        logger.warning("cannot kill process %d: it runs as another user", process.pid)
+    else:
+        process.wait()
 
 
 class SubprocessTransport(asyncio.SubprocessTransport):
@@ -142,9 +135,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._process = process
         self._returncode: int | None = None
         self._exit_told = False
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: set[asyncio.Future[None]] = set()
         self._pipes: dict[int, _PipeProtocol] = {}
-        self._early: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = []  # before connection_made
         self._child: Child | None = None
         if pidfd >= 0:
             self._child = registry.observe_spawned(process.pid, pidfd, self, self._process_exited)
@@ -153,7 +145,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 self._child = registry.observe(process.pid, self, self._process_exited)
             except (ProcessLookupError, ChildProcessError):
                 # Somebody else has reaped it between its birth and our pidfd_open.
-                warn_lost(process.pid)
+                if process.returncode is None:
+                    warn_lost(process.pid)
                 loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
         self._closed = False
 
@@ -167,42 +160,31 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if not self._closed:
             warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=2)
 
-    async def _connect(self) -> None:
+    def _connect(self) -> None:
         """Connect the pipes, and the protocol after them."""
-        loop, process = self._loop, self._process
+        process = self._process
         if process.stdin is not None:
-            await loop.connect_write_pipe(lambda: self._add_pipe(0), process.stdin)
+            pipe = self._pipes[0] = _PipeProtocol(self, 0)
+            pipe.transport = WritePipeTransport(self._loop, process.stdin, pipe)
         for fd, file in ((1, process.stdout), (2, process.stderr)):
             if file is not None:
-                pipe = self._add_pipe(fd)
-                pipe.transport = ReadPipeTransport(loop, file, pipe.data_received, pipe.connection_lost)
-        connected = loop.create_future()
-        loop.call_soon(self._connection_made, connected)
-        await connected
-
-    def _add_pipe(self, fd: int) -> _PipeProtocol:
-        pipe = self._pipes[fd] = _PipeProtocol(self, fd)
-        return pipe
-
-    def _connection_made(self, connected: asyncio.Future[None]) -> None:
-        if not connected.cancelled():
-            connected.set_result(None)
+                pipe = self._pipes[fd] = _PipeProtocol(self, fd)
+                pipe.transport = ReadPipeTransport(self._loop, file, pipe)
+                pipe.transport.resume_reading()  # from the next round on: the protocol may pause it now
         assert self._protocol is not None
-        assert self._early is not None
-        early, self._early = self._early, None
-        self._protocol.connection_made(self)
-        for pipe in self._pipes.values():
-            if isinstance(pipe.transport, ReadPipeTransport):
-                pipe.transport.resume_reading()
-        for callback, args in early:
-            callback(*args)
+        self._call(self._protocol.connection_made, self)
 
     def _call(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call a method that calls the protocol; later, if the protocol is not connected yet."""
-        if self._early is None:
+        """Call a method that calls the protocol.
+
+        Not by way of call_soon, so that a reader is paused before more is read. What the protocol raises must reach
+        neither the pipe's transport nor the registry.
+        """
+        try:
             callback(*args)
-        else:
-            self._early.append((callback, args))
+        except (Exception, asyncio.CancelledError) as exc:
+            message = f"Exception in the protocol of process {self._process.pid}"
+            self._loop.call_exception_handler({"message": message, "exception": exc, "transport": self})
 
     def _process_exited(self, status: ExitStatus) -> None:
         # If it was Popen.poll() or wait() that took the status, Popen knows it.
@@ -210,11 +192,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._returncode = self._process.returncode
         else:
             self._returncode = self._process.returncode = status.returncode
-        waiters, self._waiters = self._waiters, []
-        self._call(self._tell_exit)
-        for waiter in waiters:
+        for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        self._call(self._tell_exit)
 
     def _tell_exit(self) -> None:
         assert self._protocol is not None
@@ -247,21 +228,21 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
         if self._returncode is None:
             waiter = self._loop.create_future()
-            self._waiters.append(waiter)
-            await waiter
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
         assert self._returncode is not None
         return self._returncode
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Set the protocol that is told from now on."""
-        assert isinstance(protocol, asyncio.SubprocessProtocol)
-        self._protocol = protocol
+        self._protocol = protocol  # type: ignore[assignment] # the stub is wider than what a subprocess can have
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """Return the protocol; RuntimeError once it has been told of the end."""
-        if self._protocol is None:
-            raise RuntimeError("the transport is closed")
-        return self._protocol
+        """Return the protocol; None, as asyncio's transports do, once it has been told of the end."""
+        return self._protocol  # type: ignore[return-value] # asyncio's stub does not know of None
 
     def get_pid(self) -> int:
         """Return the process ID."""
@@ -301,13 +282,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._closed
 
     def close(self) -> None:
-        """Close the pipes, and kill the process if it still runs, as asyncio's transports do. It is reaped all the same."""
+        """Close the pipes and kill the process, as asyncio's transports do; it is reaped all the same."""
         if self._closed:
             return
         self._closed = True
-        for pipe in self._pipes.values():
-            if pipe.transport is not None:
-                pipe.transport.close()
+        if not self._loop.is_closed():
+            for pipe in self._pipes.values():
+                if pipe.transport is not None:
+                    pipe.transport.close()
         if self._child is not None and self._returncode is None:
             try:
                 self._registry.send_signal(self._child, 9)
@@ -315,17 +297,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 logger.warning("cannot kill process %d: it runs as another user", self._process.pid)
 
 
-class _PipeProtocol(asyncio.Protocol):
+class _PipeProtocol:
     """Pass the events of one pipe on to the transport of its process."""
 
     def __init__(self, owner: SubprocessTransport, fd: int) -> None:
-        self.transport: asyncio.BaseTransport | None = None
+        self.transport: Any = None
         self.lost = False
         self._owner = owner
         self._fd = fd
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._owner._call(self._owner._tell_data, self._fd, data)

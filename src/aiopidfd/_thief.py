@@ -9,17 +9,24 @@ Facts that this rests on:
 from __future__ import annotations
 
 import os
-import reprlib
 import signal
 import sys
 
 from . import _linux, _sigchld
+from ._backend import logger
+from ._exit import LOST_RETURNCODE
 
 _NOBODY_KNOWN = "another thread or library of this process that calls wait(), or a second watcher"
 
-# It bounds the length, and survives a __repr__ that raises: nobody's exit may be forgotten for that.
-_repr = reprlib.Repr()
-_repr.maxother = 200
+
+def warn_lost(pid: int) -> None:
+    """Log that the status of a child was taken by somebody else, and by whom."""
+    logger.warning(
+        "child process pid %d: somebody else has reaped it, its exit status is lost; will report returncode %d. Likely: %s",
+        pid,
+        LOST_RETURNCODE,
+        find_thief(),
+    )
 
 
 def find_thief() -> str:
@@ -33,7 +40,7 @@ def find_thief() -> str:
         if is_handled and "/uvloop/" not in library:
             handler = signal.getsignal(signal.SIGCHLD)
             if callable(handler) and _is_python(library):
-                return f"the SIGCHLD handler {_repr.repr(handler)}"
+                return f"the SIGCHLD handler {handler!r}"
             return f"the SIGCHLD handler {library}"
     return _NOBODY_KNOWN
 
