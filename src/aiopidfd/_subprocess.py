@@ -35,7 +35,7 @@ async def subprocess_exec(
     """Do what `loop.subprocess_exec` does, through the registry of `loop`."""
     if shell:
         raise ValueError("shell must be False")
-    return _start(loop, protocol_factory, (program, *args), (stdin, stdout, stderr), kwargs)
+    return await _start(loop, protocol_factory, (program, *args), (stdin, stdout, stderr), kwargs)
 
 
 async def subprocess_shell(
@@ -54,7 +54,7 @@ async def subprocess_shell(
         raise ValueError("cmd must be a string")
     if not shell:
         raise ValueError("shell must be True")
-    return _start(loop, protocol_factory, cmd, (stdin, stdout, stderr), {"shell": True, **kwargs})
+    return await _start(loop, protocol_factory, cmd, (stdin, stdout, stderr), {"shell": True, **kwargs})
 
 
 # What asyncio refuses of Popen's keywords, each with the value that it allows.
@@ -70,14 +70,14 @@ def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
                 raise ValueError(f"{name} must be {allowed}")
 
 
-def _start(
+async def _start(
     loop: asyncio.AbstractEventLoop,
     protocol_factory: ProtocolFactory,
     args: Any,
     streams: tuple[Any, Any, Any],
     kwargs: dict[str, Any],
 ) -> Transported:
-    """Start a program and connect everything, in one step: there is no await at which it could be cancelled half-made."""
+    """Start a program and connect everything in one step, so that it cannot be cancelled half-made; then pass one round."""
     if kwargs:
         _refuse_unsupported(kwargs)
     protocol = protocol_factory()
@@ -88,6 +88,7 @@ def _start(
         try:
             transport._connect()
         except BaseException:
+            transport._protocol = None  # it knows nothing of the process, and need not hear of its end
             transport.close()
             raise
     except BaseException:
@@ -95,6 +96,12 @@ def _start(
         raise
     if loop.get_debug():
         logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
+    try:
+        await asyncio.sleep(0)  # others have waited while we started it; and asyncio's callers can cancel it here
+    except asyncio.CancelledError:
+        if transport._end():
+            await transport._wait_to_the_end()
+        raise
     return transport, protocol
 
 
@@ -195,7 +202,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        self._call(self._tell_exit)
+        if self._protocol is not None:
+            self._call(self._tell_exit)
 
     def _tell_exit(self) -> None:
         assert self._protocol is not None
@@ -210,9 +218,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._protocol.pipe_data_received(fd, data)
 
     def _tell_pipe_lost(self, fd: int, exc: Exception | None) -> None:
-        assert self._protocol is not None
         try:
-            self._protocol.pipe_connection_lost(fd, exc)
+            if self._protocol is not None:
+                self._protocol.pipe_connection_lost(fd, exc)
         finally:
             self._pipes[fd].lost = True
             self._try_finish()
@@ -222,7 +230,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._exit_told and self._protocol is not None and all(p.lost for p in self._pipes.values()):
             protocol, self._protocol = self._protocol, None
             self._closed = True
-            protocol.connection_lost(None)
+            self._call(protocol.connection_lost, None)
 
     async def _wait(self) -> int:
         """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
@@ -235,6 +243,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 self._waiters.discard(waiter)
         assert self._returncode is not None
         return self._returncode
+
+    async def _wait_to_the_end(self) -> None:
+        """Wait until the process has exited, however often that is cancelled: it has been killed."""
+        while self._returncode is None:
+            try:
+                await self._wait()
+            except asyncio.CancelledError:
+                continue
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Set the protocol that is told from now on."""
@@ -283,18 +299,24 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def close(self) -> None:
         """Close the pipes and kill the process, as asyncio's transports do; it is reaped all the same."""
-        if self._closed:
-            return
+        if not self._closed:
+            self._end()
+
+    def _end(self) -> bool:
+        """Do what `close` does; return False if the process may not be killed, so that its end may be far."""
         self._closed = True
+        killed = True
+        if self._child is not None and self._returncode is None:
+            try:  # before its pipes are closed, which it might take for a reason to end by itself
+                self._registry.send_signal(self._child, 9)
+            except PermissionError:  # it runs as another user now
+                logger.warning("cannot kill process %d: it runs as another user", self._process.pid)
+                killed = False
         if not self._loop.is_closed():
             for pipe in self._pipes.values():
                 if pipe.transport is not None:
                     pipe.transport.close()
-        if self._child is not None and self._returncode is None:
-            try:
-                self._registry.send_signal(self._child, 9)
-            except PermissionError:  # it runs as another user now
-                logger.warning("cannot kill process %d: it runs as another user", self._process.pid)
+        return killed
 
 
 class _PipeProtocol:
