@@ -27,11 +27,13 @@ struct link {
     struct link *made_before;
 };
 
-enum { MAX_ABANDONED = 1024 };
+enum { MAX_ABANDONED = 1024, HINTS = 256 };
 
 static _Atomic(int) wake_fd = -1;
 static _Atomic(const struct link *) first;
 static _Atomic(int) abandoned[MAX_ABANDONED];
+static _Atomic(int) hints[HINTS]; /* the children that signals have named, the last at (hint_count - 1) % HINTS */
+static _Atomic(unsigned int) hint_count;
 static struct link *all_links;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* never taken by the handler */
 
@@ -71,11 +73,27 @@ static int has_handler(const struct sigaction *action)
     return action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN;
 }
 
+static void on_sigchld(int number, siginfo_t *info, void *context);
+
+static int is_ours(const struct sigaction *action)
+{
+    return action->sa_flags & SA_SIGINFO && action->sa_sigaction == on_sigchld;
+}
+
+/* Only the kernel can be trusted to call us with a siginfo_t; whoever chains to us may think that we take one argument. */
+static int is_called_by_kernel(void)
+{
+    struct sigaction now;
+    return calling == NULL && sigaction(SIGCHLD, NULL, &now) == 0 && is_ours(&now);
+}
+
 static void on_sigchld(int number, siginfo_t *info, void *context)
 {
     int saved_errno = errno;
     const struct link *outer = calling, *link = outer != NULL ? outer->next : atomic_load(&first);
 
+    if (is_called_by_kernel())
+        atomic_store(&hints[atomic_fetch_add(&hint_count, 1) % HINTS], info->si_pid);
     ap_sigchld_wake();
     reap_abandoned_pids();
     if (link != NULL && has_handler(&link->action)) {
@@ -87,11 +105,6 @@ static void on_sigchld(int number, siginfo_t *info, void *context)
         calling = outer;
     }
     errno = saved_errno;
-}
-
-static int is_ours(const struct sigaction *action)
-{
-    return action->sa_flags & SA_SIGINFO && action->sa_sigaction == on_sigchld;
 }
 
 static int is_same(const struct sigaction *a, const struct sigaction *b)
@@ -338,16 +351,41 @@ static int reap_at(ap_pids *pids, int place, ap_batch *batch)
     return 1;
 }
 
+/* Asks for the children that were named since the last call. A name may be out of date, or not written yet: that is why it is
+ * only a hint. Returns whether somebody else has reaped one. */
+static int reap_hinted(ap_pids *pids, ap_batch *batch)
+{
+    unsigned int end = atomic_load(&hint_count);
+    int lost = 0;
+
+    if (end - pids->hints_seen > HINTS)
+        pids->hints_seen = end - HINTS;
+    for (; pids->hints_seen != end && batch->count < AP_BATCH; pids->hints_seen++) {
+        int pid = atomic_load(&hints[pids->hints_seen % HINTS]), place = place_of(pids, pid);
+        if (is_at(pids, place, pid) && reap_at(pids, place, batch))
+            lost |= batch->exits[batch->count - 1].source == AP_SOURCE_LOST;
+    }
+    return lost;
+}
+
 int ap_sigchld_reap(ap_pids *pids, int scan, ap_batch *batch)
 {
-    int place;
+    int place, was_deferred = pids->deferred;
 
     if (batch->count > 0)
         return batch->count;
+    pids->deferred = 0;
+    if (!scan && !was_deferred) {
+        scan = reap_hinted(pids, batch);
+        if (!scan && batch->count > 0) {
+            pids->deferred = pids->count > 0;
+            return batch->count;
+        }
+    }
     while (!scan && batch->count < AP_BATCH && pids->count > 0) {
         ap_exit seen;
         if (ap_waitid(P_ALL, 0, WEXITED | WNOHANG | WNOWAIT, &seen) <= 0) {
-            scan = batch->count == 0; /* woken for nothing: has somebody else reaped? */
+            scan = batch->count == 0 && !was_deferred; /* woken for nothing: has somebody else reaped? */
             break;
         }
         place = place_of(pids, seen.pid);

@@ -8,6 +8,8 @@ typedef struct {
     int count;
     int capacity;
     int *keys; /* sorted; pid * 2 + 1 for those to be left unreaped, else pid * 2 */
+    unsigned int hints_seen;
+    int deferred; /* ap_sigchld_reap has left something to be looked for */
 } ap_pids;
 
 /* Add a pid, or change its `peek` (leave the zombie). -ENOMEM. */
@@ -48,8 +50,10 @@ int ap_sigchld_describe(char *ret_text, int size);
 
 /* Reap the watched children that have ended, up to AP_BATCH, write them to batch->exits, and remove them from `pids`.
  * Returns how many there are; AP_BATCH means: call again. As ap_reaper_reap, it leaves a batch that was not released.
- * What is dead is found by peeking, each exit at the cost of one. If `scan`, or if that finds nothing, or meets a zombie
- * that is not ours, each child is asked: then those that somebody else has reaped are found, too, as AP_SOURCE_LOST. */
+ * First those are asked for that the signals named, which costs nothing for the others that live. Signals merge, so that not
+ * all were named: pids->deferred is then set, and the next call, to be made soon, looks for what is dead by peeking, each exit
+ * at the cost of one walk over all children in the kernel. If `scan`, or if all that finds nothing, or meets a zombie that is
+ * not ours, or somebody else has reaped, each child is asked: so those are found that others have reaped, as AP_SOURCE_LOST. */
 int ap_sigchld_reap(ap_pids *pids, int scan, ap_batch *batch);
 
 #endif

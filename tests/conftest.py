@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import inspect
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,8 @@ except ImportError:
     uvloop = None  # type: ignore[assignment] # tests on uvloop are skipped, with a reason
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+TEST_TIMEOUT_S = 240  # then all threads' tracebacks, and the end
 
 LOOPS = [
     "asyncio",
@@ -36,7 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.fixturenames.append("backend")
     if "loop_factory" in metafunc.fixturenames:
         metafunc.parametrize("loop_factory", LOOPS, indirect=True)
-        metafunc.parametrize("backend", BACKENDS, indirect=True)
+        # A module that is about one of them says so.
+        metafunc.parametrize("backend", getattr(metafunc.module, "BACKENDS", BACKENDS), indirect=True)
 
 
 @pytest.fixture
@@ -119,6 +124,9 @@ def children() -> set[int]:
 def nothing_left_behind(process_wide_descriptors: None) -> Iterator[None]:
     """Fail a test that leaves a descriptor, a child or a zombie."""
     descriptors, pids = open_descriptors(), children()
+    # pytest's own faulthandler_timeout is a thread, and a fork beside a thread warns on Python 3.12+.
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.alarm(TEST_TIMEOUT_S)
 
     def left() -> tuple[dict[int, str], set[int]]:
         """What is there now and was not before; standard streams are pytest's to replace."""
@@ -126,6 +134,8 @@ def nothing_left_behind(process_wide_descriptors: None) -> Iterator[None]:
         return opened, children() - pids
 
     yield
+    signal.alarm(0)
+    faulthandler.unregister(signal.SIGALRM)
     if left() != ({}, set()):
         gc.collect()  # what only a cycle keeps is not left behind
     opened, made = left()

@@ -50,7 +50,6 @@ class Exemption(NamedTuple):
 
 ON_OUR_TRANSPORT = (*IN_C, SIGCHLD)
 _NO_CONNECTING = Exemption("it replaces loop.connect_read_pipe() or its like, which we do without", ON_OUR_TRANSPORT)
-_ONE_STEP = Exemption("it cancels a creation under way; ours is one step, done before that", ON_OUR_TRANSPORT, run=False)
 _IN_C = Exemption("it replaces subprocess.Popen; programs are started in C", IN_C, run=False)
 
 # Unless they would leave a process, they are run, and must fail: an exemption that is no longer needed is an error.
@@ -62,8 +61,6 @@ EXEMPTIONS = {
     "test_subprocess_read_pipe_cancelled": _NO_CONNECTING._replace(since=(3, 15), run=False),
     "test_subprocess_write_pipe_cancelled": _NO_CONNECTING._replace(since=(3, 15), run=False),
     "test_subprocess_read_write_pipe_cancelled": _NO_CONNECTING._replace(since=(3, 15), run=False),
-    "test_cancel_make_subprocess_transport_exec": _ONE_STEP,
-    "test_cancel_post_init": _ONE_STEP,
     "test_popen_error": _IN_C,
     "test_popen_error_with_stdin_pipe": _IN_C,
     "test_watcher_implementation": Exemption(

@@ -18,6 +18,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -438,7 +439,7 @@ async def test_writer_waits_until_the_process_reads() -> None:
 
 async def test_communicate_ignores_a_stdin_that_is_closed_early() -> None:
     process = await asyncio.create_subprocess_shell("exec <&-; echo done", stdin=PIPE, stdout=PIPE)
-    assert await process.communicate(bytes(1_000_000)) == (b"done\n", None)
+    assert list(await process.communicate(bytes(1_000_000))) == [b"done\n", None]
 
 
 async def test_communicate_ignores_a_stdin_that_was_closed_long_ago() -> None:
@@ -1266,7 +1267,7 @@ def has_native_methods(loop: Any) -> bool:
 
 def test_detaching_gives_the_loop_its_own_methods_back(plain_loop: asyncio.AbstractEventLoop) -> None:
     watcher = PidfdWatcher()
-    for detach in (lambda: watcher.attach_loop(None), watcher.close):
+    for detach in (partial(watcher.attach_loop, None), watcher.close):
         watcher.attach_loop(plain_loop)
         assert not has_native_methods(plain_loop)
         assert plain_loop.run_until_complete(answer()) == ANSWER

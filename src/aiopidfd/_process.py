@@ -12,7 +12,8 @@ from types import TracebackType
 from ._backend import Choice, logger
 from ._exit import ExitStatus
 from ._registries import registry_of
-from ._registry import Child, Registry
+from ._registry import Registry
+from ._watched import Child
 from ._watcher import check_pid
 
 

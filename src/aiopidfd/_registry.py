@@ -8,16 +8,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from collections.abc import Set as AbstractSet
 
 from . import _linux
 from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._exit import ExitStatus, Source
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
-from ._thief import warn_lost as warn_lost  # noqa: PLC0414 - _subprocess takes it from here
-
-Observer = Callable[[ExitStatus], object]
+from ._thief import warn_lost
+from ._watched import Child, Observer
 
 _SOURCES: dict[int, Source] = {
     _linux.SOURCE_REAPED: "reaped",
@@ -28,26 +26,6 @@ _SOURCES: dict[int, Source] = {
 
 # How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
 STRANGER_GRACE_S = 1.0
-
-
-class Child:
-    """One watched process of one loop.
-
-    `pidfd` is -1 from the moment it was reaped (or if the backend has none), `ended` is true from then on. `observers` maps
-    whoever watches to what to call; a second entry of the same key replaces the first.
-    """
-
-    # Of nearly every child, and so not written once for each.
-    ended = False
-    peek = False
-    stranger = False
-    peekers: AbstractSet[object] = frozenset()  # the observers that asked for reap=False
-
-    def __init__(self, pid: int, pidfd: int, backend: Backend, observers: dict[object, Observer]) -> None:
-        self.pid = pid
-        self.pidfd = pidfd
-        self.backend = backend
-        self.observers = observers
 
 
 class Registry:

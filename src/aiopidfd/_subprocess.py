@@ -12,8 +12,10 @@ from ._backend import logger
 from ._exit import ExitStatus
 from ._pipes import ReadPipeTransport, WritePipeTransport
 from ._registries import registry_of
-from ._registry import Child, Registry, warn_lost
+from ._registry import Registry
 from ._spawn import start
+from ._thief import warn_lost
+from ._watched import Child
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
 Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]

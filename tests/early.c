@@ -1,0 +1,24 @@
+/* The instant in which the kernel has already let go of a reaped process and does not tell its exit yet, held fast: the calls
+ * of pidfd.c, but the first ones of ioctl fail with ESRCH. A shared object for the tests. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <sys/ioctl.h>
+
+/* How many calls of ioctl are to come too early. */
+extern int too_early;
+int too_early;
+
+static int ioctl_too_early(int fd, unsigned long request, void *argument)
+{
+    if (too_early > 0) {
+        too_early--;
+        errno = ESRCH;
+        return -1;
+    }
+    return ioctl(fd, request, argument);
+}
+
+#define ioctl ioctl_too_early
+#include "../cffi_build/pidfd.c"

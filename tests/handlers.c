@@ -1,0 +1,90 @@
+/* SIGCHLD handlers as other libraries install them: some call whoever was there before, some do not. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <string.h>
+
+enum { HANDLERS = 4 };
+
+/* Install handler `which` (0 and 1 call whoever was there before, 1 without a siginfo_t; 2 and 3 do not), with all signals
+ * blocked in it. Returns 0, or -1. */
+int install_handler(int which);
+
+/* Return how often handler `which` was called. */
+int count_calls(int which);
+
+/* Return whether `signal` was blocked in the last call of any. */
+int was_blocked(int signal);
+
+/* Set SIGCHLD to SIG_DFL with these flags, as a C program may, whatever they mean with it. Returns 0, or -1. */
+int set_default(int flags);
+
+/* Return the flags that SIGCHLD has now. */
+int get_flags(void);
+
+static struct sigaction before[HANDLERS];
+static _Atomic(int) calls[HANDLERS];
+static sigset_t mask;
+
+static void handle(int which, int signal, siginfo_t *info, void *context)
+{
+    atomic_fetch_add(&calls[which], 1);
+    (void)pthread_sigmask(SIG_SETMASK, NULL, &mask);
+    if (which > 1)
+        return;
+    if (before[which].sa_flags & SA_SIGINFO)
+        before[which].sa_sigaction(signal, which == 0 ? info : (siginfo_t *)1, context);
+    else if (before[which].sa_handler != SIG_DFL && before[which].sa_handler != SIG_IGN)
+        before[which].sa_handler(signal);
+}
+
+#define HANDLER(which)                                                                                                      \
+    static void handler_##which(int signal, siginfo_t *info, void *context)                                                 \
+    {                                                                                                                       \
+        handle(which, signal, info, context);                                                                               \
+    }
+HANDLER(0)
+HANDLER(1)
+HANDLER(2)
+HANDLER(3)
+
+int install_handler(int which)
+{
+    static void (*const handlers[HANDLERS])(int, siginfo_t *, void *) = {handler_0, handler_1, handler_2, handler_3};
+    struct sigaction action = {.sa_sigaction = handlers[which], .sa_flags = SA_SIGINFO}, found;
+
+    (void)sigfillset(&action.sa_mask);
+    (void)sigaction(SIGCHLD, NULL, &found);
+    /* In front already: whoever it calls is known, and is not itself. */
+    if (!(found.sa_flags & SA_SIGINFO) || found.sa_sigaction != handlers[which])
+        before[which] = found;
+    return sigaction(SIGCHLD, &action, NULL);
+}
+
+int count_calls(int which)
+{
+    return atomic_load(&calls[which]);
+}
+
+int was_blocked(int signal)
+{
+    return sigismember(&mask, signal);
+}
+
+int set_default(int flags)
+{
+    struct sigaction action = {.sa_handler = SIG_DFL, .sa_flags = flags};
+    return sigaction(SIGCHLD, &action, NULL);
+}
+
+int get_flags(void)
+{
+    struct sigaction found;
+
+    (void)sigaction(SIGCHLD, NULL, &found);
+    return found.sa_flags;
+}

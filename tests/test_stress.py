@@ -1,0 +1,76 @@
+"""A short run of the stress test on every loop: nothing lost, nothing wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiopidfd._linux import can_recover_exit
+
+from .conftest import BACKENDS, LOOPS
+from .seccomp import compile_c
+
+
+def stress(*options: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    compile_c("ender.c", "-O1", "-static")  # skips where it cannot be
+    return subprocess.run(
+        [sys.executable, "-m", "tests.stress", *options],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def figures(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """What it has counted."""
+    lines = [line.split() for line in run.stdout.splitlines()]
+    return {words[0]: int(words[1]) for words in lines if words[0] in ("stolen", "children", "recovered", "lost", "wrong")}
+
+
+@pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
+@pytest.mark.skipif(not can_recover_exit(), reason="this kernel does not tell the status of a stolen child")
+@pytest.mark.parametrize("kind", LOOPS)
+def test_nothing_is_lost_to_a_hostile_reaper(kind: str) -> None:
+    run = stress("--seconds", "3", "--loop", kind, "--hostile")
+    assert run.returncode == 0, run.stdout + run.stderr
+    counted = figures(run)
+    assert counted["lost"] == counted["wrong"] == 0
+    assert counted["stolen"] == counted["recovered"] > 0
+    assert counted["children"] >= 64
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_nothing_is_lost_by_sigchld(kind: str) -> None:
+    native = ["--native"] if kind == "uvloop" else []
+    run = stress("--seconds", "3", "--loop", kind, "--backend", "sigchld", *native)
+    assert run.returncode == 0, run.stdout + run.stderr
+    counted = figures(run)
+    assert counted["lost"] == counted["wrong"] == counted["recovered"] == 0
+    assert counted["children"] >= 64
+
+
+@pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
+def test_same_seed_gives_the_same_ends_and_the_number_is_kept() -> None:
+    for _ in range(2):
+        run = stress("--children", "100", "--seed", "5", "--no-hostile")
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert run.stdout.splitlines()[:-1] == [
+            "loop asyncio, backend pidfd, no reaper, seed 5",
+            "children 100 (100 reaped)",
+            "recovered 0",
+            "lost 0",
+            "wrong 0",
+        ]
+
+
+@pytest.mark.parametrize(
+    "options", [["--hostile", "--backend", "sigchld"], ["--native"], ["--native", "--loop", "uvloop", "--hostile"]]
+)
+def test_what_cannot_be_promised_is_refused(options: list[str]) -> None:
+    assert stress(*options).returncode == 2

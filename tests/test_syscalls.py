@@ -1,0 +1,149 @@
+"""What one child costs in system calls when nobody steals: counted by strace, exactly."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from .conftest import BACKENDS, LOOPS
+
+CHILDREN = 200
+BATCH = 64
+
+# Memory and the interpreter's own locks depend on what the allocator has at hand, not on the number of children. asyncio
+# before Python 3.12 calls getpid whenever it is asked for the running loop.
+NOT_COUNTED = {"getpid", "brk", "futex", "madvise", "mmap", "mprotect", "mremap", "munmap"}
+
+# A program that watches CHILDREN children that end at once. It marks where counting begins and ends by looking at files that
+# are not there. The children are not traced: under a tracer they would end otherwise than without one.
+_PROGRAM = """
+import asyncio, gc, os, sys
+from aiopidfd import PidfdWatcher, wait
+from aiopidfd._registries import registry_of
+loop_kind, path, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def mark(what):
+    os.path.exists(f"/mark/{what}")
+
+def spawn(read):
+    actions = [(os.POSIX_SPAWN_DUP2, read, 0)]
+    return os.posix_spawn("/bin/sh", ["sh", "-c", "read x"], {}, file_actions=actions)
+
+async def main():
+    loop = asyncio.get_running_loop()
+    read, write = os.pipe()
+    pids = [spawn(read) for _ in range(count)]
+    os.close(read)
+    await wait(os.posix_spawn("/bin/true", ["true"], {}))  # what is done once for the loop is done
+    all_told, left = loop.create_future(), count
+    def tell(*args):
+        nonlocal left
+        left -= 1
+        if not left:
+            all_told.set_result(None)
+    watcher, registry = PidfdWatcher(), registry_of(loop)
+    gc.disable()
+    mark("begin")
+    for pid in pids:
+        if path == "add_child_handler":
+            watcher.add_child_handler(pid, tell)
+        else:
+            registry.observe(pid, tell, tell, check=False)
+    mark("end")
+    os.close(write)
+    for pid in pids:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    mark("begin")
+    await all_told
+    mark("end")
+
+if loop_kind == "uvloop":
+    import uvloop
+    loop = uvloop.new_event_loop()
+else:
+    loop = asyncio.SelectorEventLoop()
+loop.run_until_complete(main())
+loop.close()
+"""
+
+_AFORK = """
+import asyncio, os, sys
+from aiopidfd import afork
+loop_kind, path, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+async def main():
+    await (await afork(lambda: None)).wait()
+    os.path.exists("/mark/begin")
+    for _ in range(count):
+        await (await afork(lambda: None)).wait()
+    os.path.exists("/mark/end")
+
+if loop_kind == "uvloop":
+    import uvloop
+    loop = uvloop.new_event_loop()
+else:
+    loop = asyncio.SelectorEventLoop()
+loop.run_until_complete(main())
+loop.close()
+"""
+
+pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
+
+
+@pytest.fixture(scope="module")
+def strace() -> str:
+    """The path of strace. Skip where there is none, or where it may not trace."""
+    path = shutil.which("strace")
+    if path is None:
+        pytest.skip("strace is not installed")
+    tried = subprocess.run([path, "-o", "/dev/null", "true"], capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip(f"strace cannot trace here: {tried.stderr.strip()}")
+    return path
+
+
+def count_calls(strace: str, program: str, folder: Path, *arguments: str) -> Counter[str]:
+    """Run the program, and count the system calls of its process, by name, between the marks."""
+    log = folder / "trace"
+    command = [strace, "-o", str(log), sys.executable, "-W", "ignore", "-c", program, *arguments]
+    subprocess.run(command, check=True, timeout=60)
+    calls: Counter[str] = Counter()
+    counting = False
+    for line in log.read_text(errors="replace").splitlines():
+        if '"/mark/' in line:
+            counting = "/mark/begin" in line
+        elif counting and (call := re.match(r"\w+(?=\()", line)) is not None:
+            calls[call[0]] += 1
+    return Counter({name: number for name, number in calls.items() if name not in NOT_COUNTED})
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+@pytest.mark.parametrize(("path", "waits"), [("add_child_handler", 2), ("forked by us", 1)])
+def test_each_child_costs_five_calls_and_one_more_for_a_bare_pid(
+    kind: str, path: str, waits: int, strace: str, tmp_path: Path
+) -> None:
+    """The one more makes sure that the pid is a child of ours."""
+    calls = count_calls(strace, _PROGRAM, tmp_path, kind, path, str(CHILDREN))
+    polls = sum(calls.pop(name, 0) for name in ("epoll_wait", "epoll_pwait", "epoll_pwait2"))
+    assert calls == {
+        "pidfd_open": CHILDREN,
+        "epoll_ctl": 2 * CHILDREN,
+        "waitid": waits * CHILDREN,
+        "close": CHILDREN,
+    }
+    # For each batch one of the reaper's and one or two of the loop's, and the loop's own rounds before and after.
+    batches = -(-CHILDREN // BATCH)
+    assert batches <= polls <= 3 * batches + 4
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_afork_opens_and_waits_once_for_each_child(kind: str, strace: str, tmp_path: Path) -> None:
+    calls = count_calls(strace, _AFORK, tmp_path, kind, "afork", "20")
+    assert calls["pidfd_open"] == calls["waitid"] == 20
+    assert calls["kill"] == calls["pidfd_send_signal"] == 0

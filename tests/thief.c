@@ -1,0 +1,113 @@
+/* Those who reap what is not theirs, at the speed of C: a shared object for the tests. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* What to do with SIGCHLD, behind Python's back. */
+enum { IGNORE = 0, NOCLDWAIT = 1, REAP_ALL = 2 };
+
+static struct sigaction saved;
+static pthread_t thread;
+static atomic_int stopping;
+static atomic_long stolen;
+
+static void reap_all(int number)
+{
+    int saved_errno = errno;
+
+    (void)number;
+    while (waitpid(-1, NULL, WNOHANG) > 0)
+        ;
+    errno = saved_errno;
+}
+
+/* Remember what SIGCHLD is set to. */
+void thief_save_sigchld(void);
+void thief_save_sigchld(void)
+{
+    (void)sigaction(SIGCHLD, NULL, &saved);
+}
+
+/* Put that back. */
+void thief_restore_sigchld(void);
+void thief_restore_sigchld(void)
+{
+    (void)sigaction(SIGCHLD, &saved, NULL);
+}
+
+void thief_set_sigchld(int how);
+void thief_set_sigchld(int how)
+{
+    struct sigaction action;
+
+    (void)memset(&action, 0, sizeof action);
+    action.sa_handler = how == IGNORE ? SIG_IGN : how == NOCLDWAIT ? SIG_DFL : reap_all;
+    action.sa_flags = how == NOCLDWAIT ? SA_NOCLDWAIT : SA_RESTART;
+    (void)sigaction(SIGCHLD, &action, NULL);
+}
+
+static void *reap_for_ever(void *unused)
+{
+    const struct timespec moment = {.tv_nsec = 20000};
+
+    (void)unused;
+    while (!atomic_load(&stopping)) {
+        if (waitpid(-1, NULL, 0) > 0)
+            (void)atomic_fetch_add(&stolen, 1);
+        else
+            (void)nanosleep(&moment, NULL); /* ECHILD: there are no children at the moment */
+    }
+    return NULL;
+}
+
+/* Start a thread that reaps every child. Returns 0, or an errno. */
+int thief_start(void);
+int thief_start(void)
+{
+    sigset_t all, old;
+    int err;
+
+    atomic_store(&stopping, 0);
+    atomic_store(&stolen, 0);
+    (void)sigfillset(&all); /* signals are for the threads that expect them */
+    (void)pthread_sigmask(SIG_SETMASK, &all, &old);
+    err = pthread_create(&thread, NULL, reap_for_ever, NULL);
+    (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return err;
+}
+
+/* End it; the last child must have been made. Returns how many it has reaped. */
+long thief_stop(void);
+long thief_stop(void)
+{
+    atomic_store(&stopping, 1);
+    (void)pthread_join(thread, NULL);
+    return atomic_load(&stolen);
+}
+
+/* Run a shell program, its standard input from `input`, in a new child with the number `pid`. Returns that, or -errno: EPERM,
+ * we may not choose; EEXIST, the number is taken. Linux 5.5. See clone3(2). */
+int thief_run_as(int pid, int input, const char *program);
+int thief_run_as(int pid, int input, const char *program)
+{
+    /* struct clone_args, which older headers lack: exit_signal is its fifth member, set_tid and set_tid_size are the last. */
+    uint64_t arguments[10] = {[4] = SIGCHLD, [8] = (uintptr_t)&pid, [9] = 1};
+    long child = syscall(435, arguments, sizeof arguments); /* clone3 */
+
+    if (child == 0) {
+        (void)dup2(input, 0);
+        (void)execl("/bin/sh", "sh", "-c", program, (char *)NULL);
+        _exit(127);
+    }
+    return child < 0 ? -errno : (int)child;
+}
