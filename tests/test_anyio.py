@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import signal
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 import aiopidfd
 
-from .conftest import run_on, uvloop
+from .conftest import run_on
 
 anyio = pytest.importorskip("anyio", reason="anyio is not installed")
 
 
 def loop_classes() -> list[Any]:
     """Ours; uvloop's may be missing."""
-    return [aiopidfd.SelectorEventLoop] + ([] if uvloop is None else [aiopidfd.UvloopEventLoop])
+    return [aiopidfd.SelectorEventLoop] + ([] if find_spec("uvloop") is None else [aiopidfd.UvloopEventLoop])
 
 
 @pytest.mark.parametrize("loop_class", loop_classes())
