@@ -47,6 +47,9 @@ def test_answers_are_what_the_calls_answer_here() -> None:
     assert (found.backend == "pidfd") is (probe_pidfd() is None)
 
 
+needs_pidfds = pytest.mark.skipif(features().pidfd_open != "yes", reason="pidfds are forbidden here")
+
+
 def test_features_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         features().backend = "sigchld"  # type: ignore[misc] # what the test is about
@@ -63,6 +66,7 @@ def test_refused_pidfd_open_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code
     assert error.errno == code
 
 
+@needs_pidfds
 @pytest.mark.parametrize("code", [*FORBIDDEN, errno.EINVAL], ids=name)
 def test_refused_waitid_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(_linux, "wait_id", failing(code))
@@ -82,6 +86,7 @@ def test_refused_signals_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: in
     assert (found.pidfd_send_signal, found.backend) == (name(code), "sigchld")
 
 
+@needs_pidfds
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=name)
 def test_shortage_of_descriptors_does_not_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     before = features()
@@ -93,7 +98,7 @@ def test_shortage_of_descriptors_does_not_forbid_pidfds(monkeypatch: pytest.Monk
     assert found.backend == ("pidfd" if before.waitid_pidfd == "yes" else "sigchld")
 
 
-@pytest.mark.skipif(features().pidfd_open != "yes", reason="pidfds are forbidden here")
+@needs_pidfds
 def test_process_at_its_descriptor_limit_gets_an_answer() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))

@@ -18,7 +18,16 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import AbstractChildProcess, ChildStartError, PidfdChildProcess, PosixChildProcess, _fork, afork, notify_ready
+from aiopidfd import (
+    AbstractChildProcess,
+    ChildStartError,
+    PidfdChildProcess,
+    PosixChildProcess,
+    _fork,
+    _linux,
+    afork,
+    notify_ready,
+)
 from aiopidfd._backend import probe_pidfd
 from aiopidfd._linux import open_pidfd
 
@@ -103,6 +112,16 @@ async def test_signal_after_somebody_else_reaped_reaches_no_stranger(caplog: pyt
     child.send_signal(signal.SIGTERM)
     assert "has ended" in caplog.text
     await child.wait()
+
+
+async def test_signal_goes_by_pid_where_a_filter_has_come_to_forbid_it_by_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EPERM, "refused")
+
+    child = await afork(block)
+    monkeypatch.setattr(_linux, "send_signal", refuse)
+    child.terminate()
+    assert await child.wait() == -signal.SIGTERM
 
 
 async def test_invalid_signal_is_an_error() -> None:

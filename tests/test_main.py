@@ -195,6 +195,7 @@ def test_signal_before_the_workers_are_up_stops_the_demo_cleanly(tmp_path: Path)
     assert session_members(process.pid) == []
 
 
+@pytest.mark.skipif(features().pidfd_open != "yes", reason="pidfds are forbidden here")
 def test_killed_demo_takes_its_children_with_it(tmp_path: Path) -> None:
     with demo(cwd=tmp_path) as process, contextlib.ExitStack() as pidfds:
         read_until(process, EXIT_LINE)

@@ -177,7 +177,9 @@ def test_pidfds_are_chosen_where_they_work_and_one_line_says_so(
                 assert (await wait(child.pid)).returncode == code
 
     run_on(loop_factory, main())
-    assert [record.getMessage() for record in caplog.records] == ["watching children by pidfd: the kernel allows it"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "watching children by pidfd: processes can be opened, waited for and signalled by pidfd"
+    ]
 
 
 def test_nonsense_in_the_environment_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

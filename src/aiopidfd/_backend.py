@@ -94,9 +94,20 @@ def probe_pidfd() -> OSError | None:
     return None
 
 
-def _environment() -> Choice:
+def environment() -> Choice:
     """Return what the environment says. ValueError: nothing that can be chosen."""
     return check_choice(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+
+
+def decide() -> tuple[BackendName, str]:
+    """Return the backend that the environment asks for, or else the one that works here, and why."""
+    wanted = environment()
+    if wanted != "auto":
+        return wanted, f"{ENVIRONMENT} says so"
+    obstacle = probe_pidfd()
+    if obstacle is None:
+        return "pidfd", "processes can be opened, waited for and signalled by pidfd"
+    return "sigchld", str(obstacle.strerror)
 
 
 class _Decision:
@@ -107,18 +118,11 @@ class _Decision:
         self._told: set[BackendName] = set()
 
     def make(self) -> BackendName:
-        """Decide by the environment or else by trying, and log it."""
-        wanted = _environment()
-        require(wanted)
-        if wanted == "auto":
-            obstacle = probe_pidfd()
-            name: BackendName = "pidfd" if obstacle is None else "sigchld"
-            reason = "the kernel allows it" if obstacle is None else str(obstacle)
-        else:
-            name, reason = wanted, f"{ENVIRONMENT} says so"
-        self.name = name
-        self.tell(name, reason)
-        return name
+        """Decide, and log it."""
+        require(environment())
+        self.name, reason = decide()
+        self.tell(self.name, reason)
+        return self.name
 
     def tell(self, name: BackendName, reason: str) -> None:
         """Log, once for each backend, that it is used, and why."""
@@ -140,7 +144,7 @@ def choose(choice: Choice) -> BackendName:
 
 def require(choice: Choice) -> None:
     """Raise OSError if `choice`, or for "auto" the environment, insists on pidfds and they are forbidden here."""
-    if (_environment() if choice == "auto" else choice) == "pidfd":
+    if (environment() if choice == "auto" else choice) == "pidfd":
         obstacle = probe_pidfd()
         if obstacle is not None:
             raise obstacle

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from . import _linux
-from ._backend import BackendName, probe_pidfd
+from ._backend import BackendName, decide
 
 YES: Final = "yes"
 
@@ -61,7 +61,7 @@ def features() -> Features:
     It leaves nothing behind. The dearest part is a clone(2) that copies no memory.
     """
     tried = _try_calls()
-    obstacle = probe_pidfd()
+    backend, reason = decide()
     refused = _try(_linux.can_recover_exit)
     recovers = refused is None and _linux.can_recover_exit()
     nofile, nofile_max = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -75,9 +75,9 @@ def features() -> Features:
         sigchld=_linux.describe_sigchld(),
         nofile=nofile,
         nofile_max=nofile_max,
-        backend="sigchld" if obstacle else "pidfd",
-        reason=_explain(tried) if obstacle else "processes can be opened, waited for and signalled by pidfd",
-        spawn="Popen" if obstacle or refused else "clone",
+        backend=backend,
+        reason=_explain(tried) or reason if backend == "sigchld" else reason,
+        spawn="Popen" if backend == "sigchld" or refused else "clone",
     )
 
 
@@ -121,7 +121,7 @@ def _try(call: Callable[[], object], *works: int) -> OSError | None:
     return None
 
 
-def _explain(tried: _Tried) -> str:
+def _explain(tried: _Tried) -> str | None:
     for call, failure in (
         ("pidfd_open", tried.pidfd_open),
         ("waitid(P_PIDFD)", tried.waitid_pidfd),
@@ -129,7 +129,7 @@ def _explain(tried: _Tried) -> str:
     ):
         if failure is not None and failure.errno not in _linux.OUT_OF_DESCRIPTORS:
             return f"{call} answers {_answer(failure)}: Linux before 5.4, or a seccomp filter"
-    return "pidfds could not be used a moment ago"
+    return None
 
 
 def _answer(error: OSError | None, *, otherwise: str = YES) -> str:

@@ -54,8 +54,17 @@ class PidfdBackend(Backend):
         return True
 
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
-        """Signal by pidfd."""
-        _linux.send_signal(pidfd, signal)
+        """Signal by pidfd; by pid where a filter that has come since forbids that: not reaped, it is still the child's."""
+        try:
+            _linux.send_signal(pidfd, signal)
+        except OSError as exc:
+            if exc.errno not in _linux.FORBIDDEN:
+                raise
+            try:
+                _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                raise _linux.error(errno.ESRCH, f"kill({pid}, signal {signal})") from exc
+            os.kill(pid, signal)  # EPERM again if it is the child that forbids it, being another user's now
 
     def signal_group(self, pid: int, pidfd: int, pgid: int, signal: int) -> None:
         """Signal the group by the pidfd of its leader where the kernel can (6.9), else while the child pins the group."""

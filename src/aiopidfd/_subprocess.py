@@ -92,6 +92,7 @@ async def _start(
         except BaseException:
             transport._protocol = None  # it knows nothing of the process, and need not hear of its end
             transport.close()
+            registry.unobserve(process.pid, transport)  # we reap it ourselves, which must not pass for a theft
             raise
     except BaseException:
         _end_half_made(process)
