@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import aiopidfd
+from aiopidfd._backend import probe_pidfd
 from bench import __main__ as command
 from bench import environment, goals, plan, programs, report, results, runner
 from bench.plan import BENCHMARKS, Job
@@ -29,7 +30,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _skip_what_we_lack(peer: str) -> None:
+def _skip_what_we_lack(benchmark: str, peer: str) -> None:
+    needs_pidfds = peer in ("asyncio pidfd", "aiopidfd ForkServer") or (peer, benchmark) == ("C program", "cost")
+    ours_by_pidfd = benchmark in ("latency", "cost") and peer in ("aiopidfd asyncio", "aiopidfd uvloop")
+    if (needs_pidfds or ours_by_pidfd) and probe_pidfd() is not None:
+        pytest.skip("pidfds are forbidden here")
     if peer.endswith("sigchld") and "backend" not in inspect.signature(aiopidfd.PidfdWatcher).parameters:
         pytest.skip("this version has no sigchld backend")
     if peer.endswith("ForkServer") and not hasattr(aiopidfd, "ForkServer"):
@@ -38,7 +43,7 @@ def _skip_what_we_lack(peer: str) -> None:
 
 @pytest.mark.parametrize(("benchmark", "peer"), _CELLS)
 def test_cell_gives_as_many_samples_as_asked_for(benchmark: str, peer: str, compiled: Path) -> None:
-    _skip_what_we_lack(peer)
+    _skip_what_we_lack(benchmark, peer)
     cell = runner.run_cell(Job(benchmark, peer, _SMALLEST_X[benchmark], 0, 2), compiled, timeout_s=60)
     if "missing" in cell:
         pytest.skip(cell["missing"])
@@ -176,6 +181,7 @@ def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny_plan", "compiled")
+@pytest.mark.skipif(probe_pidfd() is not None, reason="pidfds are forbidden here")
 def test_command_prints_a_table_and_keeps_the_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["cost", "--quick", "--rounds", "2", "--json", str(tmp_path / "run.json")]) == 0
     captured = capsys.readouterr()
