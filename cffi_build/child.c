@@ -25,6 +25,18 @@ unsigned long long ap_caught_signals(void)
     return caught;
 }
 
+int ap_set_signal_mask(unsigned long long mask)
+{
+    sigset_t set;
+    int number;
+
+    (void)sigemptyset(&set);
+    for (number = 1; number <= 64; number++)
+        if (mask >> (number - 1) & 1)
+            (void)sigaddset(&set, number);
+    return -pthread_sigmask(SIG_SETMASK, &set, NULL);
+}
+
 int ap_set_pdeathsig(int signal)
 {
     return prctl(PR_SET_PDEATHSIG, (unsigned long)signal) < 0 ? -errno : 0;

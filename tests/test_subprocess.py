@@ -132,9 +132,6 @@ def assert_reaped(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-# --- What a subprocess is ---
-
-
 async def test_subprocesses_are_ours() -> None:
     process = await asyncio.create_subprocess_exec("/bin/true")
     assert is_ours(process)
@@ -329,9 +326,6 @@ async def test_extra_info_is_the_popen_of_the_process() -> None:
     assert popen.returncode == popen.poll() == popen.wait() == 0
 
 
-# --- The end of a subprocess ---
-
-
 async def test_wait_returns_at_exit_though_a_grandchild_holds_the_pipe() -> None:
     with gate() as (held, release):
         process = await asyncio.create_subprocess_shell(f"{reading(held)} & exit 4", stdout=PIPE, pass_fds=(held,))
@@ -398,9 +392,6 @@ def test_loops_in_two_threads_run_subprocesses_at_once(loop_factory: LoopFactory
     for thread in threads:
         thread.join()
     assert results == [["hello"] * 20] * 2
-
-
-# --- Pipes ---
 
 
 async def test_a_megabyte_goes_both_ways() -> None:
@@ -474,9 +465,6 @@ async def test_end_of_input_can_be_written() -> None:
     process.stdin.write_eof()
     assert await process.stdout.read() == b"x"
     assert await process.wait() == 0
-
-
-# --- What a protocol is told ---
 
 
 class Recorder(asyncio.SubprocessProtocol):
@@ -605,9 +593,6 @@ async def test_protocol_can_be_replaced_by_anything_that_has_its_methods() -> No
     assert sorted(second.events) == [("connection_lost",), ("exited",), ("pipe_lost", 0)]
 
 
-# --- Signals, and closing ---
-
-
 async def test_signals_go_by_pidfd_and_never_by_pid(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     def refuse(pid: int, number: int) -> None:
         pytest.fail(f"kill({pid}, {number})")
@@ -727,9 +712,6 @@ def test_transport_that_is_dropped_unclosed_warns(loop_factory: LoopFactory) -> 
     assert [w for w in caught if f"unclosed transport <SubprocessTransport pid={pid}" in str(w.message)]
     run_on(loop_factory, shell_output("echo"))
     assert_reaped(pid)
-
-
-# --- Creation that fails ---
 
 
 @pytest.fixture
@@ -855,8 +837,8 @@ async def test_shortage_of_descriptors_leaves_no_process_and_no_descriptor(
     started: list[int], free: int, backend: str
 ) -> None:
     """Whatever step it hits: the process runs, or there is none."""
-    if backend == "sigchld" and sys.version_info < (3, 11):
-        pytest.skip("Popen itself leaves pipes open in Python 3.9 and 3.10: python/cpython#87474")
+    if backend == "sigchld" and sys.version_info < (3, 11, 4):
+        pytest.skip("Popen itself leaves pipes open before Python 3.11.4: python/cpython#87474")
     await shell_output("echo")  # the loop's own descriptors
     started.clear()
     before = open_descriptors()
@@ -920,9 +902,6 @@ async def test_status_that_popen_itself_has_taken_is_not_lost(thief: Any, caplog
     assert caplog.messages == []
 
 
-# --- Closing the loop ---
-
-
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_closed_loop_leaves_no_pidfd_and_later_no_zombie(loop_factory: LoopFactory) -> None:
     with gate() as (held, release):
@@ -960,8 +939,6 @@ def test_transport_can_be_closed_after_its_loop(loop_factory: LoopFactory) -> No
     run_on(loop_factory, shell_output("echo"))
     assert_reaped(pid)
 
-
-# --- In processes of their own: policies, and what is written to stderr ---
 
 LOOPS_BY_NAME = """
 import asyncio, gc, os, subprocess, sys
@@ -1157,9 +1134,6 @@ def test_without_uvloop_its_loop_names_the_extra_and_the_rest_works() -> None:
     assert run_python(ECHO + script) == ("\n".join(expected), "")
 
 
-# --- Ways to run ---
-
-
 async def answer() -> tuple[bool, str]:
     process = await asyncio.create_subprocess_exec("/bin/echo", "hello", stdout=PIPE)
     output, _ = await process.communicate()
@@ -1302,9 +1276,6 @@ def test_asyncio_runner_takes_our_loops(loop_class: Any) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio.run(loop_factory=) is new in Python 3.12")
 def test_asyncio_run_takes_our_loops(loop_class: Any) -> None:
     assert asyncio.run(answer(), loop_factory=loop_class) == ANSWER  # type: ignore[call-arg,unused-ignore] # since 3.12
-
-
-# --- Plugging into a loop that somebody else made ---
 
 
 @pytest.fixture(params=["asyncio", pytest.param("uvloop", marks=needs_uvloop)])

@@ -8,6 +8,7 @@ from ._child import notify_ready
 from ._exit import ExitStatus
 from ._features import Features, features
 from ._fork import ChildStartError, afork
+from ._forkserver import ForkServer
 from ._loops import SelectorEventLoop, make_policy_class, make_uvloop_class, run
 from ._process import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
 from ._watcher import PidfdWatcher, wait
@@ -18,6 +19,7 @@ __all__ = [
     "EventLoopPolicy",
     "ExitStatus",
     "Features",
+    "ForkServer",
     "PidfdChildProcess",
     "PidfdWatcher",
     "PosixChildProcess",

@@ -17,7 +17,7 @@ from . import _linux
 
 Ready = Literal["auto", "manual"]
 
-_READY = b"r"
+READY = b"r"
 
 # In a forked child, where to say that it is ready: the gate's descriptor; -1 once said. None: this process was not aforked.
 _ready_fd: int | None = None
@@ -50,25 +50,24 @@ class Birth(NamedTuple):
 
 def live(birth: Birth) -> NoReturn:
     """Run a child from the fork to its end. Called with all signals blocked."""
+    run_to_end(lambda: _start(birth))
+
+
+def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
+    """Start, run what `start` returns, and end the process as that ends."""
     # _exit, come what may: a frame of the parent must never go on in here.
     code = 255
     try:
-        code = _run(birth)
+        code = _run(start)
     except BaseException:  # a second exception while the first is being reported
         code = 1
     finally:
         os._exit(code)
 
 
-def _run(birth: Birth) -> int:
+def _run(start: Callable[[], Callable[[], object]]) -> int:
     try:
-        if not os.read(birth.gate, 1):
-            return 1  # the parent has given us up before it could watch us
-        _clean(birth)
-        if birth.options.ready == "auto":
-            notify_ready()
-        result = contextvars.copy_context().run(birth.child_func)
-        code = _exit_code(result)
+        code = exit_code(contextvars.copy_context().run(start()))
     except SystemExit as exc:
         code = _system_exit_code(exc)
     except KeyboardInterrupt:
@@ -83,9 +82,29 @@ def _run(birth: Birth) -> int:
     return code
 
 
-def _clean(birth: Birth) -> None:
+def _start(birth: Birth) -> Callable[[], object]:
+    if not os.read(birth.gate, 1):
+        raise SystemExit(1)  # the parent has given us up before it could watch us
+    _clean(birth.loop)
+    settle(birth.options, birth.parent_pid, birth.gate, birth.old_mask)
+    if birth.options.ready == "auto":
+        notify_ready()
+    return birth.child_func
+
+
+def _clean(loop: asyncio.AbstractEventLoop) -> None:
     """Take off everything that was the parent's."""
     _linux.detach_epolls()  # first: nothing that follows can then change what the parent's loops watch
+    reset_signals()
+    task = current_task(loop)
+    if task is not None:
+        _leave_task(loop, task)
+    asyncio._set_running_loop(None)
+    asyncio.set_event_loop(None)
+
+
+def reset_signals() -> None:
+    """Set every signal that is handled to its default, SIGINT to KeyboardInterrupt; those that are ignored stay it."""
     signal.set_wakeup_fd(-1)
     for number in _linux.caught_signals():
         signal.signal(number, signal.SIG_DFL)
@@ -94,23 +113,20 @@ def _clean(birth: Birth) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    task = current_task(birth.loop)
-    if task is not None:
-        _leave_task(birth.loop, task)
-    asyncio._set_running_loop(None)
-    asyncio.set_event_loop(None)
 
-    if birth.options.start_new_session:
+def settle(options: Options, parent_pid: int, gate: int, mask: Iterable[int]) -> None:
+    """Give a clean child what was asked for, its descriptor to say on that it is ready, and its signals."""
+    if options.start_new_session:
         os.setsid()
-    elif birth.options.process_group is not None:
-        os.setpgid(0, birth.options.process_group)
-    if birth.options.pdeathsig is not None:
-        _linux.set_pdeathsig(birth.options.pdeathsig)
-        if os.getppid() != birth.parent_pid:  # it has died already, and nobody will tell us any more
-            os.kill(os.getpid(), birth.options.pdeathsig)
+    elif options.process_group is not None:
+        os.setpgid(0, options.process_group)
+    if options.pdeathsig is not None:
+        _linux.set_pdeathsig(options.pdeathsig)
+        if os.getppid() != parent_pid:  # it has died already, and nobody will tell us any more
+            os.kill(os.getpid(), options.pdeathsig)
     global _ready_fd  # noqa: PLW0603 - a process is born once
-    _ready_fd = birth.gate
-    signal.pthread_sigmask(signal.SIG_SETMASK, birth.old_mask)
+    _ready_fd = gate
+    _linux.set_signal_mask(mask)
 
 
 def notify_ready() -> None:
@@ -119,17 +135,23 @@ def notify_ready() -> None:
     Raises:
         RuntimeError: this process was not made by `afork`.
     """
-    global _ready_fd
     if _ready_fd is None:
         raise RuntimeError("notify_ready() is for a child made by afork()")
-    fd, _ready_fd = _ready_fd, -1
+    fd = take_ready_fd()
     if fd >= 0:
         try:
-            os.write(fd, _READY)
+            os.write(fd, READY)
         except BrokenPipeError:  # the parent does not wait any more
             pass
         finally:
             os.close(fd)
+
+
+def take_ready_fd() -> int:
+    """Return the descriptor on which the parent is still to be told that we are ready, to be closed; -1 if it is not."""
+    global _ready_fd
+    fd, _ready_fd = _ready_fd, -1
+    return -1 if fd is None else fd
 
 
 def forget_readiness() -> None:
@@ -140,7 +162,8 @@ def forget_readiness() -> None:
         os.close(fd)
 
 
-def _exit_code(result: object) -> int:
+def exit_code(result: object) -> int:
+    """Return the exit code for what child_func has returned. TypeError: there is none."""
     if result is None:
         return 0
     if isinstance(result, int) and 0 <= result <= 255:

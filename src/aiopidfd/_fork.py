@@ -20,13 +20,16 @@ from ._exit import ExitStatus
 from ._process import AbstractChildProcess, watch_forked
 from ._registries import registry_of
 
+# Forks, and returns the child's pid, 0 in the child, with its pidfd, or -1.
+Fork = Callable[[], "tuple[int, int]"]
+
 # How long a child that has closed its end of the gate without a word may take to end, before it is killed.
 _SILENCE_S = 1.0
 
 # Forks take turns, so that no child inherits the gate of another one that is being made at the same time.
 _fork_lock = threading.Lock()
 
-# The parent's ends of the gates of children that are not ready yet: no other child may hold a copy.
+# The parent's ends of the gates of children that are not ready yet, and their like: no other child may hold a copy.
 _gates: set[socket.socket] = set()
 _hooked = False
 
@@ -78,23 +81,31 @@ async def afork(
     Cancellation kills the half-made child and reaps it before it goes on.
     """
     options = Options(ready, start_new_session, process_group, pdeathsig)
-    _check_arguments(child_func, options)
+    check_arguments(child_func, options)
     loop = asyncio.get_running_loop()
-    _warn_of_threads()
-    child, gate = _fork(loop, child_func, options)
+    warn_of_threads()
+    return await start_child(loop, child_func, options, fork)
+
+
+async def start_child(
+    loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
+) -> AbstractChildProcess:
+    """Fork by `fork_`, and return the child's handle once it is ready. Raises, and is cancelled, as `afork`."""
+    child, gate = _fork(loop, child_func, options, fork_)
     try:
         await _wait_ready(loop, child, gate)
     except BaseException:
         child.detach()
-        await _end(child)
+        await end_unready(child)
         raise
     finally:
-        _gates.discard(gate)
+        forget_gate(gate)
         gate.close()
     return child
 
 
-def _check_arguments(child_func: object, options: Options) -> None:
+def check_arguments(child_func: object, options: Options) -> None:
+    """TypeError, ValueError: this is not what a child can be made of."""
     if not callable(child_func):
         raise TypeError(f"child_func must be callable, not {type(child_func).__name__}")
     if inspect.iscoroutinefunction(child_func) or inspect.isasyncgenfunction(child_func):
@@ -115,48 +126,61 @@ def _check_arguments(child_func: object, options: Options) -> None:
         raise ValueError(f"pdeathsig must be a signal number or None, not {options.pdeathsig!r}")
 
 
-def _warn_of_threads() -> None:
+def warn_of_threads(stacklevel: int = 3) -> None:
     """Warn of other threads before the fork, as Python 3.12+ does after it, and in the name of the caller's line.
 
     Before, since a warning that a filter turns into an exception must not lose a child that exists already.
     """
-    if sys.version_info >= (3, 12) and len(os.listdir("/proc/self/task")) > 1:
+    if sys.version_info >= (3, 12) and _linux.count_threads() > 1:
         warnings.warn(
             f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
             "Fork before threads are started.",
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
-def _fork(
-    loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options
-) -> tuple[AbstractChildProcess, socket.socket]:
-    """Fork, and let the child out of its gate once it is watched. Return it with the parent's end of the gate."""
+def forget_gate(gate: socket.socket) -> None:
+    """Take back `keep_from_children`, before the gate is closed."""
+    _gates.discard(gate)
+
+
+def keep_from_children(gate: socket.socket) -> None:
+    """Have every forked child close its copy of `gate`, until `forget_gate`."""
+    hook_forks()
+    _gates.add(gate)
+
+
+def hook_forks() -> None:
+    """Have forked children let go of what is their parent's."""
     global _hooked  # noqa: PLW0603 - a process has one at-fork hook
-    registry_of(loop)  # fails before the fork if it must
     if not _hooked:
         os.register_at_fork(after_in_child=_after_fork_in_child)
         _hooked = True
+
+
+def _fork(
+    loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
+) -> tuple[AbstractChildProcess, socket.socket]:
+    """Fork, and let the child out of its gate once it is watched. Return it with the parent's end of the gate."""
+    registry_of(loop)  # fails before the fork if it must
     with _fork_lock, contextlib.ExitStack() as undo:
         gate, child_gate = socket.socketpair()
         undo.callback(gate.close)
         with child_gate:
-            _gates.add(gate)
-            undo.callback(_gates.discard, gate)
+            keep_from_children(gate)
+            undo.callback(forget_gate, gate)
             _child.flush_streams()  # else both of us would write what is buffered
             parent_pid = os.getpid()
             old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
-                pid = _fork_without_warning()
+                pid, pidfd = fork_()
                 if pid == 0:
                     _child.live(_child.Birth(child_func, options, child_gate.fileno(), old_mask, loop, parent_pid))
                 try:
-                    child = watch_forked(pid, pgid=options.pgid)
+                    child = watch_forked(pid, pgid=options.pgid, pidfd=pidfd)
                 except BaseException:
-                    # It stands at the gate, so nobody can have reaped it: the pid is still its own.
-                    os.kill(pid, signal.SIGKILL)
-                    _linux.wait_id(_linux.P_PID, pid, os.WEXITED)
+                    end_unwatched(pid, pidfd)
                     raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
@@ -167,13 +191,22 @@ def _fork(
     return child, gate
 
 
-def _fork_without_warning() -> int:
+def end_unwatched(pid: int, pidfd: int) -> None:
+    """Kill and reap a child that stands at its gate, so that nobody can have reaped it: the pid is still its own."""
+    os.kill(pid, signal.SIGKILL)
+    _linux.wait_id(_linux.P_PID, pid, os.WEXITED)
+    if pidfd >= 0:
+        os.close(pidfd)
+
+
+def fork() -> tuple[int, int]:
+    """Fork as os.fork does, without its warning of threads; return the child's pid, 0 in the child, and no pidfd."""
     if sys.version_info < (3, 12):
-        return os.fork()
+        return os.fork(), -1
     with warnings.catch_warnings():
-        # _warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
+        # warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
         warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, __name__)
-        return os.fork()
+        return os.fork(), -1
 
 
 def _after_fork_in_child() -> None:
@@ -202,25 +235,36 @@ async def _wait_ready(loop: asyncio.AbstractEventLoop, child: AbstractChildProce
             said.set_result(bool(word))
 
     loop.add_reader(gate.fileno(), read)
-    end: asyncio.Future[ExitStatus] = child._end.future
     try:
-        await asyncio.wait({said, cast("asyncio.Future[object]", end)}, return_when=asyncio.FIRST_COMPLETED)
-        if said.done() and said.result():
-            return
-        if not end.done():  # it has closed its end of the gate: in dying, we trust
-            await asyncio.wait([end], timeout=_SILENCE_S)
-            if not end.done():
-                child.kill()
-        status = await asyncio.shield(end)
+        status = await await_ready(child, said)
     finally:
         loop.remove_reader(gate.fileno())
-    raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
+    if status is not None:
+        raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
 
 
-async def _end(child: AbstractChildProcess) -> None:
-    """Kill a child that is not ready, and reap it, however often we are cancelled meanwhile."""
+async def await_ready(child: AbstractChildProcess, said: asyncio.Future[object]) -> ExitStatus | None:
+    """Wait until the child has said something; return None, or how it ended if it said that it never will be ready."""
+    end: asyncio.Future[ExitStatus] = child._end.future
+    await asyncio.wait({said, cast("asyncio.Future[object]", end)}, return_when=asyncio.FIRST_COMPLETED)
+    if said.done() and said.result():
+        return None
+    if not end.done():  # it has closed its end of the gate: in dying, we trust
+        await asyncio.wait([end], timeout=_SILENCE_S)
+        if not end.done():
+            child.kill()
+    return await asyncio.shield(end)
+
+
+def kill(child: AbstractChildProcess) -> None:
+    """Kill a child that runs, without a word in the log: it is half-made, and its handle was never given out."""
     if child.returncode is None:
         child._registry.send_signal(child._child, signal.SIGKILL)
+
+
+async def end_unready(child: AbstractChildProcess) -> None:
+    """Kill a child that is not ready, and reap it, however often we are cancelled meanwhile."""
+    kill(child)
     while not child._end.future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([child._end.future])

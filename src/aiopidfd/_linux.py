@@ -17,7 +17,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
@@ -377,11 +377,38 @@ def caught_signals() -> list[int]:
     return [number for number in range(1, 65) if mask >> (number - 1) & 1]
 
 
+def set_signal_mask(numbers: Iterable[int]) -> None:
+    """Block these signals, and no others, in this thread."""
+    result = lib.ap_set_signal_mask(sum(1 << (number - 1) for number in numbers))
+    if result < 0:
+        raise error(-result, "pthread_sigmask()")
+
+
 def set_pdeathsig(signal: int) -> None:
     """Have `signal` sent to this process when the thread that forked it ends. EINVAL: no such signal."""
     result = lib.ap_set_pdeathsig(signal)
     if result < 0:
         raise error(-result, f"prctl(PR_SET_PDEATHSIG, {signal})")
+
+
+FORK_SIBLING: Final = lib.AP_FORK_SIBLING
+
+
+def fork(flags: int = 0) -> tuple[int, int]:
+    """Fork by clone(2), as os.fork() does, and return the child's pid and pidfd; 0 in the child.
+
+    Only for the one thread of a process that has no other. The C contract, and the errnos, are in cffi_build/clone.h.
+    """
+    pidfd = ffi.new("int *", -1)
+    pid = lib.ap_fork(flags, pidfd)
+    if pid < 0:
+        raise error(-pid, "clone(CLONE_PIDFD | CLONE_PARENT)" if flags & FORK_SIBLING else "clone(CLONE_PIDFD)")
+    return pid, pidfd[0]
+
+
+def count_threads() -> int:
+    """Return how many threads this process has, those of C libraries among them."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def detach_epolls() -> int:

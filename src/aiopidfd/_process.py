@@ -207,14 +207,22 @@ class PosixChildProcess(AbstractChildProcess):
         return -1
 
 
-def watch_forked(pid: int, *, pgid: int | None) -> AbstractChildProcess:
+def watch_forked(
+    pid: int,
+    *,
+    pgid: int | None,
+    pidfd: int = -1,
+    loop: asyncio.AbstractEventLoop | None = None,
+    check: bool = False,
+) -> AbstractChildProcess:
     """Return the handle of a child that has just been forked and cannot end unseen.
 
-    `pgid` is the process group that was asked for, 0 for the child's own.
+    `pgid` is the process group that was asked for, 0 for the child's own. `pidfd` is ours from now on if this succeeds.
+    `check`: make sure that it is a child of ours, and raise ProcessLookupError or ChildProcessError if not.
     """
-    loop = asyncio.get_running_loop()
+    loop = loop or asyncio.get_running_loop()
     registry, end = registry_of(loop), _End(loop)
-    child = registry.observe(pid, end, end, check=False)
+    child = registry.observe(pid, end, end, check=check, pidfd=pidfd)
     made = PidfdChildProcess if child.pidfd >= 0 else PosixChildProcess
     handle: AbstractChildProcess = made.__new__(made)
     handle._bind(registry, child, end, pgid)

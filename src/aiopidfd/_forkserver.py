@@ -1,0 +1,291 @@
+"""`ForkServer`: fork workers from a small process instead of from this one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import signal
+import warnings
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+from . import _fork, _linux
+from ._backend import choose, probe_pidfd
+from ._child import Options, Ready
+from ._exit import ExitStatus
+from ._fork import ChildStartError, afork
+from ._forkserver_launch import ForkServerFeatures, StartMethod, describe_fallback, launch
+from ._forkserver_link import Link
+from ._forkserver_main import MAX_FDS
+from ._forkserver_request import Request
+from ._pickling import pickle_call
+from ._process import AbstractChildProcess
+from ._registries import registry_of
+from ._watched import Child
+
+# clone(2) with CLONE_PIDFD and CLONE_PARENT cannot be had here, as against: not at the moment.
+_REFUSED = _linux.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
+
+
+class ForkServer:
+    """A small process with one thread that forks workers for this one.
+
+    `afork` copies this process, which takes longer the bigger it is, and is not safe beside threads. A fork server copies
+    itself. Its workers are children of *this* process all the same: waited for, signalled and measured as any other.
+
+        async with ForkServer() as server:
+            async with await server.afork(function, argument) as worker:
+                ...
+
+    Start it early: with the start method "fork" it is a copy of what this process is at that moment. While this process has
+    one thread, that also makes workers that nobody else can reap. "spawn" makes it a fresh interpreter, which takes longer,
+    and is as small and as safe whenever it is started.
+
+    The server ends with this object, at the latest with this process. Workers live on; the server may be killed, too.
+    """
+
+    _link: Link | None = None  # until the server is started: a constructor that fails has nothing to warn of
+
+    def __init__(
+        self,
+        *,
+        preload: Iterable[str] = (),
+        start_method: StartMethod = "fork",
+        restart: bool = False,
+        fallback: bool = False,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            preload: modules that the server imports, so that no worker has to. "__main__": with "spawn", this program's main
+                module, as multiprocessing does; it is then imported under the name of `__mp_main__`.
+            start_method: "fork" or "spawn".
+            restart: start the server anew, at the next `afork`, if it has ended.
+            fallback: where there can be no fork server, make each worker by the plain `afork`.
+        """
+        if isinstance(preload, str):
+            raise TypeError("preload must be an iterable of module names, not a str")
+        if start_method not in ("fork", "spawn"):
+            raise ValueError(f"start_method must be 'fork' or 'spawn', not {start_method!r}")
+        self._preload = tuple(preload)
+        self._method: StartMethod = start_method
+        self._restart = restart
+        self._fallback = fallback
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._features: ForkServerFeatures | None = None
+        self._server: AbstractChildProcess | None = None
+        self._closed = False
+        self._workers: dict[object, tuple[asyncio.Future[ExitStatus], Child]] = {}
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "not started" if self._features is None else self._features.made_by
+        return f"<ForkServer pid={self.pid} {state}>"
+
+    def __del__(self) -> None:
+        if self._link is not None and not self._closed and self._link.lost is None:
+            warnings.warn(f"{self!r} was dropped; close() it, or use async with", ResourceWarning, source=self, stacklevel=2)
+            self._link.finish()
+
+    async def __aenter__(self) -> ForkServer:
+        """Start the server.
+
+        With the start method "fork" the loop waits meanwhile for as long as a fork of this process takes.
+
+        Raises:
+            ChildStartError: it has ended before it was ready; with the traceback if a module could not be preloaded.
+            OSError: ENOSYS, EPERM, EACCES: pidfds, or clone(2) with CLONE_PIDFD, are forbidden here. EINVAL: the server is
+                init of a PID namespace. ENOTSUP: see `ap_fork` in clone.h. EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2).
+        """
+        if self._loop is not None:
+            raise RuntimeError("a ForkServer can be started once")
+        self._loop = asyncio.get_running_loop()
+        self._lock = asyncio.Lock()
+        await self._start(self._loop, stacklevel=6)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The process ID of the server; None if there is none."""
+        return None if self._server is None or self._server.returncode is not None else self._server.pid
+
+    @property
+    def features(self) -> ForkServerFeatures:
+        """How the server was made. RuntimeError: it was not started."""
+        if self._features is None:
+            raise RuntimeError("the fork server is not started; use it by async with")
+        return self._features
+
+    async def afork(
+        self,
+        child_func: Callable[..., int | None],
+        *args: object,
+        ready: Ready = "auto",
+        start_new_session: bool = False,
+        process_group: int | None = None,
+        pdeathsig: int | None = None,
+        pass_fds: Iterable[int] = (),
+    ) -> AbstractChildProcess:
+        """Run `child_func(*args)` in a new child of this process, and return its handle once the child is ready.
+
+        As `aiopidfd.afork`, but for: what is run is pickled, by cloudpickle, if it is installed, where pickle cannot.
+        "auto" means ready when it is unpickled, too. Standard streams, environment and working directory are the server's.
+
+        Args:
+            ready, start_new_session, process_group: as for `afork`.
+            pdeathsig: the signal that the child gets when this process dies: more exactly, when the *thread* that started
+                the server ends.
+            pass_fds: descriptors that the child gets, with the numbers that they have here.
+
+        Raises:
+            pickle.PicklingError: `child_func` or `args` cannot be pickled; nothing was sent.
+            TypeError, ValueError: another argument is not what it must be; nothing was sent.
+            ChildStartError: the child ended before it was ready, with its traceback if there is one.
+            ConnectionResetError: the server has ended. There is no child.
+            OSError: EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2), here or in the server.
+            RuntimeError: the server is not started, closed, or belongs to another loop.
+
+        Cancellation kills the half-made child and reaps it before it goes on. If the server does not answer within a second,
+        because it was stopped, that is left for when it goes on.
+        """
+        options = Options(ready, start_new_session, process_group, pdeathsig)
+        _fork.check_arguments(child_func, options)
+        fds = _check_fds(pass_fds)
+        loop = asyncio.get_running_loop()
+        self._check_usable(loop)
+        if self.features.made_by == "none":
+            child = await afork(functools.partial(child_func, *args), **options._asdict())
+            self._remember(child)
+            return child
+        has_main = self._method == "fork" or "__main__" in self._preload
+        body = pickle_call(child_func, args, has_main=has_main)
+        link = await self._live_link(loop)
+        request = Request(loop, body, options, fds, self._remember)
+        try:
+            link.submit(request)
+            return await request.wait()
+        except BaseException:
+            await request.abandon()
+            raise
+        finally:
+            request.close()
+
+    async def close(self, *, stop_workers: bool = False, grace: float = 5.0) -> None:
+        """End the server; calls of `afork` that it has got already are served before. Workers are left alone.
+
+        Args:
+            stop_workers: stop them, too: SIGTERM, then SIGKILL after `grace` seconds.
+            grace: how long the server, and then the workers, may take.
+        """
+        self._closed = True
+        link, server = self._link, self._server
+        if link is not None and server is not None:
+            reason = OSError(errno.ESHUTDOWN, f"the fork server (pid {server.pid}) is closed")
+            link.finish()
+            try:
+                await asyncio.wait([server._end.future], timeout=grace)
+            finally:
+                _fork.kill(server)
+                link.lose(reason)
+            await _fork.end_unready(server)
+        if stop_workers and self._loop is not None:
+            await self._stop_workers(self._loop, grace)
+
+    async def _start(self, loop: asyncio.AbstractEventLoop, *, stacklevel: int) -> None:
+        obstacle: OSError | None = None
+        if choose("auto") != "pidfd":
+            obstacle = probe_pidfd() or OSError(
+                errno.ENOSYS, "a fork server needs the pidfd backend, and sigchld was chosen"
+            )
+        else:
+            try:
+                server, wire, features = await launch(loop, self._method, self._preload, stacklevel=stacklevel)
+                link = Link(loop, wire)
+            except OSError as exc:
+                if exc.errno not in _REFUSED:
+                    raise
+                obstacle = exc
+            else:
+                obstacle = await _greet(server, link)
+        if obstacle is None:
+            self._server, self._link, self._features = server, link, features
+        elif self._fallback:
+            self._features = describe_fallback(obstacle)
+        else:
+            raise obstacle
+
+    async def _live_link(self, loop: asyncio.AbstractEventLoop) -> Link:
+        assert self._link is not None
+        if self._restart and self._link.lost is not None:
+            async with self._lock:
+                self._check_usable(loop)
+                if self._link.lost is not None:
+                    await self._start(loop, stacklevel=7)
+        return self._link
+
+    def _check_usable(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._features is None:
+            raise RuntimeError("the fork server is not started; use it by async with")
+        if self._closed:
+            raise RuntimeError("the fork server is closed")
+        if loop is not self._loop:
+            raise RuntimeError("the fork server belongs to another event loop")
+
+    def _remember(self, worker: AbstractChildProcess) -> None:
+        """Know a worker until it ends, by other means than its handle, which may be dropped."""
+        end = worker._end
+        self._workers[end] = (end.future, worker._child)
+        end.future.add_done_callback(lambda _: self._workers.pop(end, None))
+
+    async def _stop_workers(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
+        registry = registry_of(loop)
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            workers = list(self._workers.values())
+            for _, child in workers:
+                registry.send_signal(child, sig)
+            if workers:
+                await asyncio.wait([end for end, _ in workers], timeout=grace if sig == signal.SIGTERM else None)
+
+
+async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
+    """Wait until the server says that it can fork; return why it cannot. ChildStartError: it has ended."""
+    server.detach()
+
+    def lose(end: asyncio.Future[ExitStatus]) -> None:
+        link.lose(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
+
+    server._end.future.add_done_callback(lose)
+    try:
+        outcome = await asyncio.shield(link.greeting)
+        if isinstance(outcome, AbstractChildProcess):
+            await asyncio.wait([outcome._end.future])
+            return None
+        status = await asyncio.shield(server._end.future)
+    except BaseException:
+        await _fork.end_unready(server)
+        raise
+    if isinstance(outcome, OSError) and outcome.errno in _REFUSED:
+        return outcome
+    if isinstance(outcome, OSError) and outcome.errno != errno.ECONNRESET:
+        raise outcome
+    text = f"\n{outcome}" if isinstance(outcome, str) else ""
+    raise ChildStartError(f"the fork server ended before it was ready: {status!r}{text}", status)
+
+
+def _check_fds(pass_fds: Iterable[int]) -> tuple[int, ...]:
+    fds = tuple(pass_fds)
+    for fd in fds:
+        if not isinstance(fd, int) or isinstance(fd, bool):
+            raise TypeError(f"pass_fds must be ints, not {type(fd).__name__}")
+        if fd < 0:
+            raise ValueError(f"pass_fds must be descriptors, and there is {fd} among them")
+    if len(set(fds)) < len(fds):
+        raise ValueError("pass_fds names a descriptor twice")
+    if len(fds) >= MAX_FDS:
+        raise ValueError(f"pass_fds can be {MAX_FDS - 1} descriptors at most, and are {len(fds)}")
+    return fds

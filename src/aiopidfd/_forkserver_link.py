@@ -1,0 +1,124 @@
+"""The parent's end of the wire to a fork server: which requests it has got, and what is left of them when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections import deque
+
+from . import _fork
+from ._forkserver_main import REPLY
+from ._forkserver_request import Outcome, Request, bind_worker
+from ._process import AbstractChildProcess
+
+# How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
+# with their replies, fit into the sockets' buffers, so that neither side ever waits for the other to read.
+WINDOW = 64
+
+_READ_SIZE = 65536
+
+
+class Link:
+    """The parent's end of the wire to one fork server."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wire: socket.socket) -> None:
+        """Take over `wire`, a connected socket."""
+        self._loop = loop
+        self._wire = wire
+        self._unsent: deque[Request] = deque()
+        self._in_flight: dict[int, Request] = {}
+        self._number = 0
+        self._at_end = False
+        self.closing = False
+        self.lost: OSError | None = None
+        self.greeting: asyncio.Future[Outcome] = loop.create_future()
+        wire.setblocking(False)
+        loop.add_reader(wire.fileno(), self._read)
+
+    def submit(self, request: Request) -> None:
+        """Send the request as soon as there is room. Its `outcome` tells how it went."""
+        if self.lost is not None:
+            raise self.lost
+        self._unsent.append(request)
+        self._send()
+
+    def _send(self) -> None:
+        while self._unsent and len(self._in_flight) < WINDOW and self.lost is None:
+            request = self._unsent[0]
+            if not request.outcome.done():
+                number = self._number + 1
+                try:
+                    request.send(self._wire, number)
+                except BlockingIOError:
+                    return  # replies make room, and send more
+                except ConnectionError:
+                    return  # the server has ended, and `lose` is about to be called
+                except OSError as exc:
+                    if exc.errno == errno.ETOOMANYREFS and self._in_flight:
+                        return  # too many descriptors on their way: as BlockingIOError
+                    request.settle(exc)
+                else:
+                    self._number = number
+                    self._in_flight[number] = request
+            self._unsent.popleft()
+
+    def _read(self) -> None:
+        while self._read_one():
+            pass
+        self._send()
+
+    def _read_one(self) -> bool:
+        """Take one reply; return False if there is none."""
+        try:
+            reply, fds, _, _ = socket.recv_fds(self._wire, _READ_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ConnectionError:
+            # ECONNRESET: the server has died with requests unread. It is told once, and before what the server has written.
+            return True
+        if not reply:
+            if not self._at_end:
+                self._at_end = True
+                self._loop.remove_reader(self._wire.fileno())
+            return False
+        number, pid, code = REPLY.unpack(reply[: REPLY.size])
+        # Without a descriptor in spite of code 0 we had no room for one (MSG_CTRUNC), or the server could not send it: then
+        # the pid must do, which the worker keeps as long as it stands at its gate.
+        pidfd = fds[0] if fds else -1
+        if number:
+            self._in_flight.pop(number).bind(pid, pidfd, code)
+        elif pid or code:
+            trial = bind_worker(self._loop, pid, pidfd, code, None)
+            if isinstance(trial, AbstractChildProcess):
+                trial.detach()
+            self.greeting.set_result(trial)
+        else:
+            self.greeting.set_result(reply[REPLY.size :].decode(errors="replace"))
+        return True
+
+    def finish(self) -> None:
+        """Send no more requests: the server ends when it has done what it has got."""
+        self.closing = True
+        while self._unsent:
+            self._unsent.popleft().settle(OSError(errno.ESHUTDOWN, "the fork server is being closed"))
+        with contextlib.suppress(OSError):  # ENOTCONN: it has ended already
+            self._wire.shutdown(socket.SHUT_WR)
+
+    def lose(self, reason: OSError) -> None:
+        """Know that the server has ended. Requests that it has not done fail; workers that it has made are found."""
+        if self.lost is not None:
+            return
+        while self._read_one():
+            pass
+        self.lost = reason
+        self._loop.remove_reader(self._wire.fileno())
+        _fork.forget_gate(self._wire)
+        self._wire.close()
+        if not self.greeting.done():
+            self.greeting.set_result(reason)
+        for request in (*self._in_flight.values(), *self._unsent):
+            request.lose_server(reason)
+        self._in_flight.clear()
+        self._unsent.clear()

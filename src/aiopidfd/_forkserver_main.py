@@ -1,0 +1,247 @@
+"""The fork server's own process: it forks a worker for each request, and does nothing else.
+
+Two sockets, neither of which has a name:
+
+* The wire, a SOCK_SEQPACKET pair. A request is a number, and the descriptors that the worker gets: its gate first. A reply
+  is that number, the worker's pid, or 0 and an errno, and the pidfd. Number 0 is the reply to nothing: the server is there,
+  and this was a trial; or a traceback of why it is not.
+* The gate, a stream pair for each worker, which does not pass through the server: what to run goes in there, however big it
+  is, and then GO when the parent holds the pidfd. Out comes STARTED when all is unpickled, READY, or FAILED and why. The
+  worker waits for GO before it runs anything that may end it, and names its pid, so that the parent finds it even if the
+  server dies before it can reply.
+
+The server has one thread, and all signals blocked: it ends when its parent does, which it sees by the end of the wire.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple
+
+from . import _child, _fork, _linux
+from ._child import Options
+
+REQUEST: Final = struct.Struct("=Q")  # number
+REPLY: Final = struct.Struct("=Qii")  # number, pid, errno
+# Readiness is manual, new session, process group or -1, pdeathsig or 0, how many numbers of pass_fds follow, and the size of
+# the pickle of (function, args) after them. No pickle itself: each page that a worker touches is copied for it.
+ORDER: Final = struct.Struct("=??qiiQ")
+
+STARTED: Final = b"s"
+FAILED: Final = b"f"
+GO: Final = b"g"
+PID: Final = struct.Struct("=i")  # follows STARTED
+FAILURE: Final = struct.Struct("=iI")  # follows FAILED: pid, and the size of the text that comes next
+
+MAX_FDS: Final = 253  # SCM_MAX_FD of the kernel: in one message
+_MAX_TEXT: Final = 60_000  # fits into a socket's buffer
+
+
+class Server(NamedTuple):
+    """What a worker is to know of the server that it comes from."""
+
+    wire: socket.socket
+    parent_pid: int
+    mask: Iterable[int]
+
+
+def pack_order(options: Options, pass_fds: Sequence[int], body_size: int) -> bytes:
+    """Return what goes into a worker's gate before the pickle of what it is to run."""
+    group = -1 if options.process_group is None else options.process_group
+    manual, pdeathsig = options.ready == "manual", options.pdeathsig or 0
+    head = ORDER.pack(manual, options.start_new_session, group, pdeathsig, len(pass_fds), body_size)
+    return head + struct.pack(f"={len(pass_fds)}i", *pass_fds)
+
+
+def serve(wire: socket.socket, preload: Sequence[str], parent_pid: int) -> None:
+    """Fork workers until the parent has closed its end of the wire."""
+    server = Server(wire, parent_pid, signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
+    try:
+        if _greet(server, preload):
+            while _serve_one(server):
+                pass
+    except ConnectionError:  # the parent is gone, with our words unread
+        pass
+
+
+def _greet(server: Server, preload: Sequence[str]) -> bool:
+    """Preload, fork on trial, and say how it went; return whether it went well."""
+    try:
+        for name in preload:
+            importlib.import_module(name)
+        if _linux.count_threads() > 1:
+            raise RuntimeError("a preloaded module has started threads, and a fork server must not have any")
+    except BaseException:
+        server.wire.send(REPLY.pack(0, 0, 0) + _format_exception())
+        return False
+    # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker.
+    _child.reset_signals()
+    _linux.detach_epolls()
+    _child.flush_streams()
+    pid, pidfd, code = _fork_worker(lambda: os._exit(0))
+    _reply(server, 0, pid, pidfd, code)
+    return code == 0
+
+
+def _serve_one(server: Server) -> bool:
+    """Take one request; return False at the end of the wire."""
+    request, fds, flags, _ = socket.recv_fds(server.wire, REQUEST.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    if not request:
+        return False
+    (number,) = REQUEST.unpack(request)
+    if flags & socket.MSG_CTRUNC:  # we had no room for some of the descriptors
+        pid, pidfd, code = 0, -1, errno.EMFILE
+    else:
+        pid, pidfd, code = _fork_worker(lambda: _child.run_to_end(lambda: _start(server, fds)))
+    for fd in fds:
+        os.close(fd)
+    _reply(server, number, pid, pidfd, code)
+    return True
+
+
+def _fork_worker(live: Callable[[], object]) -> tuple[int, int, int]:
+    """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
+    try:
+        pid, pidfd = _linux.fork(_linux.FORK_SIBLING)
+    except OSError as exc:
+        return 0, -1, exc.errno or errno.EIO
+    if pid == 0:
+        live()
+    return pid, pidfd, 0
+
+
+def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None:
+    reply = REPLY.pack(number, pid, code)
+    try:
+        if pidfd < 0:
+            server.wire.send(reply)
+            return
+        try:
+            socket.send_fds(server.wire, [reply], [pidfd])
+        except OSError as exc:
+            # ETOOMANYREFS: this user has too many descriptors on their way through sockets. The parent opens its own.
+            if exc.errno != errno.ETOOMANYREFS:
+                raise
+            server.wire.send(reply)
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _start(server: Server, fds: list[int]) -> Callable[[], object]:
+    """Make a worker of this newly forked process, and return what it is to run, once it may."""
+    server.wire.close()
+    gate = _Gate(fds[0])
+    manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
+    numbers = struct.unpack(f"={count}i", gate.read(4 * count))
+    body = gate.read(body_size)
+    gate.fd = _move_out_of(numbers, gate.fd)
+    options = Options("manual" if manual else "auto", session, None if group < 0 else group, pdeathsig or None)
+    try:
+        _renumber(fds[1:], numbers)
+        _child.settle(options, server.parent_pid, gate.fd, server.mask)
+        child_func, args = pickle.loads(body)
+    except BaseException as exc:
+        _tell_failure(gate.fd)
+        gate.read(len(GO))
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            raise
+        raise SystemExit(1) from None  # the parent knows
+    _write(gate.fd, STARTED + PID.pack(os.getpid()))
+    gate.read(len(GO))
+    if not manual:
+        os.close(_child.take_ready_fd())
+    return functools.partial(_run, child_func, args)
+
+
+class _Gate:
+    """What comes in at a worker's gate."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._ahead = b""
+
+    def read(self, size: int) -> bytes:
+        """Read `size` bytes. SystemExit: the parent has given us up."""
+        parts, missing = [self._ahead], size - len(self._ahead)
+        while missing > 0:
+            # A small order is read as a whole, often with GO at its end.
+            part = os.read(self.fd, min(max(missing, 4096), 1 << 20))
+            if not part:
+                raise SystemExit(1)
+            parts.append(part)
+            missing -= len(part)
+        data = b"".join(parts)
+        self._ahead = data[size:]
+        return data[:size]
+
+
+def _run(child_func: Callable[..., object], args: Sequence[object]) -> int:
+    """Call `child_func`; while the parent waits for readiness, it is the parent that is told of an exception."""
+    try:
+        return _child.exit_code(child_func(*args))
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:
+        gate = _child.take_ready_fd()
+        if gate < 0:
+            raise
+        _tell_failure(gate)
+        raise SystemExit(1) from None
+
+
+def _renumber(passed: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give each passed descriptor the number that it has in the parent, whatever that number was here."""
+    movable = [_move_out_of(numbers, fd) for fd in passed]
+    for fd, number in zip(movable, numbers):
+        os.dup2(fd, number, inheritable=number <= 2)
+        os.close(fd)
+
+
+def _move_out_of(numbers: Sequence[int], fd: int) -> int:
+    """Return `fd`, or a copy that replaces it, which is none of `numbers`."""
+    tried = []
+    while fd in numbers:
+        tried.append(fd)
+        fd = os.dup(fd)
+    for other in tried:
+        os.close(other)
+    return fd
+
+
+def _tell_failure(gate: int) -> None:
+    text = _format_exception()
+    _write(gate, FAILED + FAILURE.pack(os.getpid(), len(text)) + text)
+
+
+def _format_exception() -> bytes:
+    return traceback.format_exc().encode(errors="replace")[-_MAX_TEXT:]
+
+
+def _write(gate: int, data: bytes) -> None:
+    try:
+        while data:
+            data = data[os.write(gate, data) :]
+    except ConnectionError:  # nobody listens any more
+        pass
+
+
+def main(wire: int, preload: Sequence[str], parent_pid: int, main_module: dict[str, str]) -> None:
+    """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
+    _fork.hook_forks()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
+        end.set_inheritable(False)
+        if main_module:
+            from multiprocessing import spawn  # noqa: PLC0415 - only for this
+
+            spawn.prepare(main_module)
+        serve(end, preload, parent_pid)

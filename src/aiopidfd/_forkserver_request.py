@@ -1,0 +1,227 @@
+"""One worker to be: how its parent makes it, by a fork server, watches it, and lets it go or ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Union
+
+from . import _child, _fork, _linux
+from ._child import Options
+from ._fork import ChildStartError
+from ._forkserver_main import FAILED, FAILURE, GO, PID, REQUEST, STARTED, pack_order
+from ._process import AbstractChildProcess, watch_forked
+
+# How long a cancelled request waits for the server's word on whether there is a worker to be ended.
+REPLY_S = 1.0
+
+_READ_SIZE = 65536
+
+Outcome = Union[AbstractChildProcess, OSError, str]
+"""A watched worker, or why there is none; a text is the server's own traceback."""
+
+OnBirth = Callable[[AbstractChildProcess], object]
+"""Called with each worker as soon as it is watched."""
+
+
+class Request:
+    """One worker to be: the parent's end of its gate, and what is known of it."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, body: bytes, options: Options, pass_fds: Sequence[int], on_birth: OnBirth
+    ) -> None:
+        """Send nothing yet."""
+        self._loop = loop
+        self._options = options
+        self._pass_fds = pass_fds
+        self._on_birth = on_birth
+        head = pack_order(options, pass_fds, len(body))
+        # Small ones are sent as a whole, so that the worker can read them so; big ones are not copied.
+        parts = [head + body] if len(body) < 4000 else [head, body]
+        self._unwritten = deque(memoryview(part) for part in parts)
+        self._is_writer = False
+        self._gate: socket.socket | None = None
+        self._heard = bytearray()
+        self._pid = 0
+        self._lost: OSError | None = None
+        self._abandoned = False
+        self.failure = ""  # the traceback, if the worker has told one
+        self.outcome: asyncio.Future[Outcome] = loop.create_future()
+        self.ready: asyncio.Future[object] = loop.create_future()  # True, or False if it never will be
+
+    def send(self, wire: socket.socket, number: int) -> None:
+        """Send it. OSError: EMFILE, ENFILE, EBADF among them; nothing was sent."""
+        gate, worker_gate = socket.socketpair()
+        _fork.keep_from_children(gate)
+        with worker_gate:
+            try:
+                socket.send_fds(wire, [REQUEST.pack(number)], [worker_gate.fileno(), *self._pass_fds])
+            except BaseException:
+                _fork.forget_gate(gate)
+                gate.close()
+                raise
+        gate.setblocking(False)
+        self._gate = gate
+        self._loop.add_reader(gate.fileno(), self.read)
+        self._write()
+
+    def _write(self) -> None:
+        """Write what goes into the gate until it is full, and the rest later."""
+        if self._gate is None:
+            return
+        full = False
+        try:
+            while self._unwritten and not full:
+                sent = self._gate.send(self._unwritten[0])
+                full = sent < len(self._unwritten[0])
+                self._unwritten[0] = self._unwritten[0][sent:]
+                if not full:
+                    self._unwritten.popleft()
+        except (BlockingIOError, InterruptedError):
+            full = True
+        except ConnectionError:  # it has ended, or the server has and there is no worker: that is told elsewhere
+            self._unwritten.clear()
+        if full and not self._is_writer:
+            self._loop.add_writer(self._gate.fileno(), self._write)
+        elif self._is_writer and not full:
+            self._loop.remove_writer(self._gate.fileno())
+        self._is_writer = full
+
+    def read(self) -> None:
+        """Hear what the worker says."""
+        if self._gate is None:
+            return
+        try:
+            while True:
+                heard = self._gate.recv(_READ_SIZE)
+                if not heard:
+                    break
+                self._heard += heard
+        except (BlockingIOError, InterruptedError):
+            self._understand()
+        except ConnectionError:  # ended with our words unread
+            self._hear_end()
+        else:
+            self._hear_end()
+
+    def _understand(self) -> None:
+        heard = self._heard
+        if heard[:1] == STARTED and len(heard) > PID.size:
+            (self._pid,) = PID.unpack(heard[1 : 1 + PID.size])
+            del heard[: 1 + PID.size]
+            if self._options.ready == "auto":
+                self._be_told(True)
+        if heard[:1] == _child.READY:
+            self._be_told(True)
+        elif heard[:1] == FAILED and len(heard) > FAILURE.size:
+            self._pid, size = FAILURE.unpack(heard[1 : 1 + FAILURE.size])
+            text = heard[1 + FAILURE.size :]
+            if len(text) == size:
+                self.failure = text.decode(errors="replace")
+                self._be_told(False)
+        if self._pid and self._lost is not None:
+            self.bind(self._pid, -1, 0)
+
+    def _be_told(self, ready: bool) -> None:
+        if not self.ready.done():
+            self.ready.set_result(ready)
+
+    def _hear_end(self) -> None:
+        assert self._gate is not None
+        self._loop.remove_reader(self._gate.fileno())
+        self._understand()
+        self._be_told(False)
+        if self._lost is not None and not self._pid:
+            self.settle(self._lost)
+
+    def bind(self, pid: int, pidfd: int, code: int) -> None:
+        """Watch the worker from now on, and let it out of its gate."""
+        if self.outcome.done():
+            return
+        worker = bind_worker(self._loop, pid, pidfd, code, self._options.pgid)
+        self.settle(worker)
+        if isinstance(worker, AbstractChildProcess):
+            self._on_birth(worker)
+            if self._abandoned:
+                worker.detach()
+                _fork.kill(worker)
+            else:
+                self._unwritten.append(memoryview(GO))
+                self._write()
+
+    def lose_server(self, reason: OSError) -> None:
+        """Hear that the server has ended without a reply. If there is a worker all the same, it says so by its gate."""
+        self._lost = reason
+        if self._gate is None:
+            self.settle(reason)
+        elif self._pid:
+            self.bind(self._pid, -1, 0)
+        elif self.ready.done():  # there will be nothing more to hear
+            self.settle(reason)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Be done with the making of the worker."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    async def wait(self) -> AbstractChildProcess:
+        """Wait until the worker is ready, and return its handle. Raises ChildStartError, OSError: there is none."""
+        worker = await asyncio.shield(self.outcome)
+        if not isinstance(worker, AbstractChildProcess):
+            assert isinstance(worker, OSError)
+            raise OSError(worker.errno, worker.strerror)  # a new one: many requests may share the server's end
+        status = await _fork.await_ready(worker, self.ready)
+        if status is not None:
+            self.read()  # it has ended, and its last words may not have been heard
+            text = f"\n{self.failure}" if self.failure else ""
+            raise ChildStartError(f"worker process {worker.pid} ended before it was ready: {status!r}{text}", status)
+        return worker
+
+    async def abandon(self) -> None:
+        """End the worker, and reap it, however often we are cancelled meanwhile."""
+        self._abandoned = True
+        if self._gate is None:
+            self.settle(OSError(errno.ECANCELED, "cancelled"))
+        deadline = self._loop.time() + REPLY_S
+        while not self.outcome.done() and self._loop.time() < deadline:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([self.outcome], timeout=deadline - self._loop.time())
+        if self.outcome.done():
+            worker = self.outcome.result()
+            if isinstance(worker, AbstractChildProcess):
+                worker.detach()
+                await _fork.end_unready(worker)
+        # else the server is stopped, or starved. If it ever goes on, `bind` ends the worker, and the registry reaps it.
+
+    def close(self) -> None:
+        """Close the gate, now or when the outcome is known."""
+        if self.outcome.done():
+            self._close()
+        else:
+            self.outcome.add_done_callback(lambda _: self._close())
+
+    def _close(self) -> None:
+        if self._gate is not None:
+            self._loop.remove_reader(self._gate.fileno())
+            if self._is_writer:
+                self._loop.remove_writer(self._gate.fileno())
+            _fork.forget_gate(self._gate)
+            self._gate.close()
+            self._gate = None
+
+
+def bind_worker(loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, code: int, pgid: int | None) -> Outcome:
+    """Return the handle of a worker that stands at its gate, or why there is none."""
+    if code:
+        return _linux.error(code, "the fork server cannot make a worker: clone(CLONE_PIDFD | CLONE_PARENT)")
+    try:
+        return watch_forked(pid, pgid=pgid, pidfd=pidfd, loop=loop, check=pidfd < 0)
+    except (ProcessLookupError, ChildProcessError) as exc:  # killed and reaped while we knew no more than its pid
+        return exc
+    except OSError as exc:
+        _fork.end_unwatched(pid, pidfd)
+        return exc

@@ -1,0 +1,160 @@
+"""Make a fork server suffer: `python -m tests.stress_forkserver`. Ends with 1 if anything was lost or wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import aiopidfd
+
+from .conftest import children
+
+AT_ONCE = 32
+
+
+def end(how: int) -> int:
+    """Exit with a code below 256, or by the signal above it."""
+    if how >= 256:
+        os.kill(os.getpid(), how - 256)
+    logging.getLogger("worker").debug("%s", bytearray(1000))
+    return how
+
+
+@contextlib.contextmanager
+def thread(step: Callable[[], object]) -> Iterator[None]:
+    """A thread that does `step` over and over."""
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            step()
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    try:
+        yield
+    finally:
+        done.set()
+        runner.join()
+
+
+def steal() -> None:
+    """Reap whatever child there is, as a library does that thinks that it is alone."""
+    try:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        pid = 0
+    stolen[pid] += 1
+    time.sleep(0.0002)
+
+
+stolen: collections.Counter[int] = collections.Counter()
+_log = logging.getLogger("stress")
+
+
+def be_busy() -> None:
+    """Keep the allocator and the locks of logging busy."""
+    _log.info("%d", len([bytearray(random.randrange(1, 100_000)) for _ in range(10)]))
+
+
+async def make_workers(server: aiopidfd.ForkServer, count: int) -> collections.Counter[str]:
+    """Make `count` workers, AT_ONCE at a time, and count how their ends were told."""
+    told: collections.Counter[str] = collections.Counter()
+    left = iter(range(count))
+
+    async def make() -> None:
+        for number in left:
+            how = random.choice([number % 256, 256 + random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])])
+            child = await server.afork(end, how)
+            returncode = await child.wait()
+            assert child.exit_status is not None
+            told[child.exit_status.source] += 1
+            told["right" if returncode == (how if how < 256 else 256 - how) else "wrong"] += 1
+
+    await asyncio.gather(*[make() for _ in range(AT_ONCE)])
+    return told
+
+
+async def suffer_thief(count: int, method: Any) -> bool:
+    """Somebody reaps all children that can be seen, and SIGCHLD is ignored half of the time."""
+    async with aiopidfd.ForkServer(start_method=method) as server:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        with thread(steal):
+            told = await make_workers(server, count // 2)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            told += await make_workers(server, count - count // 2)
+    thefts = sum(stolen.values()) - stolen[0]
+    print(f"thief, {method}: {dict(told)}, {thefts} stolen in {sum(stolen.values())} attempts")
+    return told["right"] == count
+
+
+async def suffer_threads(count: int, method: Any) -> bool:
+    """8 threads allocate memory and log; the server was started before them (or beside them, if spawned)."""
+    with contextlib.ExitStack() as stack:
+        if method == "spawn":
+            for _ in range(8):
+                stack.enter_context(thread(be_busy))
+        async with aiopidfd.ForkServer(start_method=method) as server:
+            for _ in range(8 if method == "fork" else 0):
+                stack.enter_context(thread(be_busy))
+            told = await make_workers(server, count)
+            stack.close()
+    print(f"threads, {method}: {dict(told)}")
+    return told["right"] == count
+
+
+async def suffer_death(rounds: int) -> bool:
+    """The server is killed amid 200 requests."""
+    results: collections.Counter[str] = collections.Counter()
+    async with aiopidfd.ForkServer(restart=True) as server:
+        for _ in range(rounds):
+            starting = [asyncio.ensure_future(server.afork(end, number)) for number in range(200)]
+            await asyncio.sleep(random.uniform(0, 0.15))
+            if server.pid is not None:
+                os.kill(server.pid, signal.SIGKILL)
+            for number, made in enumerate(await asyncio.gather(*starting, return_exceptions=True)):
+                if isinstance(made, aiopidfd.AbstractChildProcess):
+                    results["child" if await made.wait() == number else "wrong"] += 1
+                else:
+                    results["error" if isinstance(made, ConnectionResetError) else repr(made)] += 1
+    left = children()
+    print(f"death, {rounds} rounds: {dict(results)}, {len(left)} children left")
+    return results["child"] + results["error"] == 200 * rounds and not left
+
+
+def main() -> int:
+    """Run all of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=20_000)
+    parser.add_argument("--deaths", type=int, default=50)
+    parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
+    arguments = parser.parse_args()
+    logging.basicConfig(stream=open(os.devnull, "w", encoding="ascii"), level=logging.INFO)  # noqa: SIM115 - until we end
+    factory: Any = aiopidfd.SelectorEventLoop if arguments.loop == "asyncio" else aiopidfd.UvloopEventLoop
+    good = True
+    for suffering in (
+        suffer_thief(arguments.workers, "fork"),
+        suffer_thief(arguments.workers // 10, "spawn"),
+        suffer_threads(arguments.workers // 4, "fork"),
+        suffer_threads(arguments.workers // 4, "spawn"),
+        suffer_death(arguments.deaths),
+    ):
+        began = time.monotonic()
+        good = aiopidfd.run(suffering, loop_factory=factory) and good
+        print(f"    {time.monotonic() - began:.1f} s", flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
