@@ -119,7 +119,11 @@ async def test_context_is_a_copy() -> None:
 
 async def test_inherited_epolls_and_pidfds_are_gone() -> None:
     def look() -> list[str]:
-        return sorted(what for what in open_descriptors().values() if "eventpoll" in what or "pidfd" in what)
+        return sorted(
+            what
+            for what in open_descriptors().values()
+            if "eventpoll" in what or what.startswith(("pidfd:", "anon_inode:[pidfd]"))
+        )
 
     with one_held() as other:
         aiopidfd.PidfdWatcher().add_child_handler(other.pid, print)
@@ -134,7 +138,7 @@ async def test_plain_fork_holds_no_pidfd_of_ours_and_disturbs_nothing() -> None:
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
-            names = [what for what in open_descriptors().values() if "pidfd" in what]
+            names = [what for what in open_descriptors().values() if what.startswith(("pidfd:", "anon_inode:[pidfd]"))]
             os.write(write, json.dumps(names).encode())
             os._exit(0)
         assert json.loads(os.read(read, 4096)) == []

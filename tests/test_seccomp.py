@@ -81,6 +81,7 @@ def test_core_of_the_suite_passes_without_pidfds(answer: str) -> None:
     assert " passed" in result.stdout
 
 
+@pytest.mark.skipif(probe_pidfd() is not None, reason="a filter over a filter: the outer one answers first")
 @pytest.mark.parametrize("answer", ["ENOSYS", "EPERM", "EACCES"])
 @pytest.mark.parametrize("call", ["pidfd_open", "waitid_pidfd"])
 def test_forbidden_call_means_sigchld_and_one_line_says_why(call: str, answer: str) -> None:
@@ -122,6 +123,7 @@ asyncio.run(main())
     assert python_under_filter(rules, PRELUDE + program) == "PosixChildProcess 5\n"
 
 
+@pytest.mark.skipif(probe_pidfd() is not None, reason="a filter over a filter: the outer one answers first")
 @pytest.mark.parametrize("answer", ["pidfd_open=ENOSYS", "pidfd_open=EPERM", "pidfd_open=EACCES", "waitid_pidfd=EINVAL"])
 @pytest.mark.parametrize("by", ["argument", "environment"])
 def test_insisting_on_pidfds_where_they_are_forbidden_is_a_clear_error_at_once(answer: str, by: str) -> None:
@@ -153,7 +155,9 @@ def test_sigchld_can_be_chosen_where_pidfds_work(
                 told = loop.create_future()
                 watcher = PidfdWatcher(backend="auto" if by == "environment" else "sigchld")
                 watcher.add_child_handler(child.pid, lambda pid, returncode, told=told: told.set_result(returncode))
-                assert not [what for what in open_descriptors().values() if "pidfd" in what]
+                assert not [
+                    what for what in open_descriptors().values() if what.startswith(("pidfd:", "anon_inode:[pidfd]"))
+                ]
                 child.end(code)
                 assert await told == code
 
