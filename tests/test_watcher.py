@@ -16,6 +16,7 @@ import pytest
 
 from aiopidfd import PidfdWatcher, wait
 from aiopidfd._linux import describe_sigchld
+from aiopidfd._registries import registry_of
 
 from .children import Held, await_zombie, held, one_held
 from .conftest import LoopFactory, open_descriptors, run_on
@@ -194,6 +195,33 @@ def test_interrupt_in_a_callback_strands_no_other_child(loop_factory: LoopFactor
         loop.run_until_complete(drain())
         loop.close()
         assert sorted(seen) == sorted(child.pid for child in children)
+
+
+def test_interrupt_before_the_batch_is_released_leaves_no_descriptor(loop_factory: LoopFactory) -> None:
+    """The fixture that sees what is left open is the test: the batch is noted a second time, and must still be closed."""
+    loop = loop_factory()
+    seen: list[int] = []
+
+    async def register(child: Held) -> None:
+        child.end_unreaped(0)
+        PidfdWatcher().add_child_handler(child.pid, lambda pid, code: seen.append(pid))
+        reaper = registry_of(loop)._reaper
+        release = reaper.release
+
+        def interrupt() -> None:
+            reaper.release = release
+            raise KeyboardInterrupt
+
+        reaper.release = interrupt
+        await asyncio.sleep(10)
+
+    with one_held() as child:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(register(child))
+        loop.run_until_complete(drain())
+        assert not [what for what in open_descriptors().values() if what.startswith(("pidfd:", "anon_inode:[pidfd]"))]
+        loop.close()
+        assert seen == [child.pid]
 
 
 async def test_callback_may_register_the_next_child() -> None:

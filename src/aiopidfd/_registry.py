@@ -195,6 +195,7 @@ class Registry:
                 self._agree_on_peek(child)
             else:
                 del self._children[pid]
+                self._reaper.keep_open(child.pidfd)  # if it is in a batch already, we close it all the same, and once
                 child.backend.remove(pid, child.pidfd)
                 child.pidfd = -1
             return True
@@ -272,11 +273,11 @@ class Registry:
     def _note(self, records: Iterator[_linux.Record]) -> None:
         """Take what was reaped off the watched children, and on to those whose observers are to be told."""
         children, untold = self._children, self._untold
-        for pid, pidfd, status, source, rusage in records:
+        for pid, _, status, source, rusage in records:
             child = children.get(pid)
-            if child is None:  # unobserved, and so closed, since it was reaped: by a signal handler of this very thread
-                self._reaper.keep_open(pidfd)
-            elif source == _linux.SOURCE_PENDING:
+            if child is None:
+                continue  # unobserved since by a signal handler; or noted already, before an interrupt
+            if source == _linux.SOURCE_PENDING:
                 if child.stranger:
                     self._give_stranger_time(child)
             else:
