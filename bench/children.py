@@ -31,6 +31,11 @@ def start(stdin: int, *, keep: int | None = None) -> int:
     return os.posix_spawn(program, [program], {}, file_actions=actions)
 
 
+def await_end(pid: int) -> None:
+    """Block until a child has ended; it stays to be reaped."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
 class Gate:
     """A pipe that children read, to be let go all at once.
 

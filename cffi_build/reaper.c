@@ -10,16 +10,29 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* epoll's data word: the pidfd below, the pid (0: the wake descriptor) above it, the peek flag on top. Pids end at 2^22, descriptors before 2^31. */
+/* epoll's data word: the pidfd below, the pid (0: the wake descriptor) above it, and a flag on top of each. Pids end at
+ * 2^22, descriptors before 2^31. */
 #define PEEK ((uint64_t)1 << 63)
+#define PERSISTENT ((uint64_t)1 << 31)
 
 static struct epoll_event interest(int pid, int pidfd, int flags)
 {
-    /* Edge-triggered, so that a process that cannot be reaped yet costs nothing until something about it changes. */
+    /* One shot: the first event is nearly always the end, and an interest that has fired is gone with the last copy of the
+     * descriptor, silent until then. So it need not be deleted, even if a forked process holds a copy. */
     return (struct epoll_event){
-        .events = EPOLLIN | EPOLLET,
+        .events = EPOLLIN | EPOLLET | EPOLLONESHOT,
         .data.u64 = (uint64_t)(uint32_t)pid << 32 | (uint32_t)pidfd | (flags & AP_ADD_PEEK ? PEEK : 0),
     };
+}
+
+/* Have a process that could not be reaped tell again. Edge-triggered, so that it costs nothing until something about it
+ * changes; but first it tells once more at once, and so nothing that has changed meanwhile is missed. */
+static void persist(int reaper, int pidfd, uint64_t data)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = data | PERSISTENT};
+
+    if (!(data & PERSISTENT))
+        (void)epoll_ctl(reaper, EPOLL_CTL_MOD, pidfd, &event);
 }
 
 int ap_reaper_open(void)
@@ -57,7 +70,7 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
 
 int ap_reaper_add_wake(int reaper, int fd)
 {
-    struct epoll_event event = interest(0, fd, 0);
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = (uint32_t)fd};
     return epoll_ctl(reaper, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 
@@ -110,7 +123,7 @@ int ap_reaper_reap(int reaper, ap_batch *batch)
         return -errno;
     for (i = 0; i < ready; i++) {
         uint64_t data = events[i].data.u64;
-        int pid = (int)(data >> 32 & 0x7fffffff), pidfd = (int)(data & 0xffffffff);
+        int pid = (int)(data >> 32 & 0x7fffffff), pidfd = (int)(data & 0x7fffffff);
         int options = WEXITED | WNOHANG | (data & PEEK ? WNOWAIT : 0);
         ap_exit *ended = &batch->exits[batch->count];
 
@@ -118,15 +131,17 @@ int ap_reaper_reap(int reaper, ap_batch *batch)
             batch->woken = 1;
             continue;
         }
-        if (!reap_one(pid, pidfd, options, events[i].events, ended))
+        if (!reap_one(pid, pidfd, options, events[i].events, ended)) {
+            persist(reaper, pidfd, data);
             continue;
-        ended->pid = pid;
-        if (ended->source == AP_SOURCE_PENDING)
-            ended->pidfd = -1; /* stays in the reaper, and open */
-        else {
-            ended->pidfd = pidfd;
-            (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
         }
+        ended->pid = pid;
+        ended->pidfd = pidfd;
+        if (ended->source == AP_SOURCE_PENDING) {
+            ended->pidfd = -1; /* stays in the reaper, and open */
+            persist(reaper, pidfd, data);
+        } else if (data & PERSISTENT)
+            (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
         batch->count++;
     }
     return batch->count;

@@ -42,7 +42,7 @@ void ap_reaper_remove(int reaper, int pidfd);
  * Their pidfds are no longer in the reaper, and open until ap_batch_release. If the batch was not released since the last
  * call, it is left as it is, and its count returned: what was reaped stays until somebody has seen it.
  * A pidfd that is readable with nothing to reap (a foreign tracer), or whose status somebody else took and the kernel has
- * not published yet, stays in the reaper, which is edge-triggered: it tells again when that changes. */
+ * not published yet, stays in the reaper, and tells again when that changes. */
 int ap_reaper_reap(int reaper, ap_batch *batch);
 
 /* Close the pidfds of a batch and empty it. */

@@ -10,6 +10,8 @@ from ._exit import ExitStatus
 
 Observer = Callable[[ExitStatus], object]
 
+_NOBODY: AbstractSet[object] = frozenset()
+
 
 class Child:
     """One watched process of one loop.
@@ -18,14 +20,14 @@ class Child:
     whoever watches to what to call; a second entry of the same key replaces the first.
     """
 
-    # Of nearly every child, and so not written once for each.
-    ended = False
-    peek = False
-    stranger = False
-    peekers: AbstractSet[object] = frozenset()  # the observers that asked for reap=False
+    __slots__ = ("backend", "ended", "observers", "peek", "peekers", "pid", "pidfd", "stranger")
 
     def __init__(self, pid: int, pidfd: int, backend: Backend, observers: dict[object, Observer]) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.backend = backend
         self.observers = observers
+        self.ended = False
+        self.peek = False
+        self.stranger = False
+        self.peekers: AbstractSet[object] = _NOBODY  # the observers that asked for reap=False
