@@ -39,8 +39,10 @@ struct clone_args_v0 {
 
 /* Memory that parent and child share. */
 struct launch {
-    const ap_program *program;
-    char **paths, **argv, **envp;
+    char **paths, **argv, **env;
+    const char *cwd;
+    const int *pass_fds;
+    int path_count, pass_count, stdio[3], umask, pgid, flags;
     uint64_t old_mask;
     int reset_handlers; /* CLONE_CLEAR_SIGHAND was not to be had */
     volatile int error; /* written by the child if its program cannot run */
@@ -152,25 +154,24 @@ static int close_others(const int *keep, int count)
 
 static int set_up(const struct launch *launch)
 {
-    const ap_program *program = launch->program;
     int i;
 
-    for (i = 0; i < program->pass_count; i++)
-        if (make_inheritable(program->pass_fds[i]) < 0)
+    for (i = 0; i < launch->pass_count; i++)
+        if (make_inheritable(launch->pass_fds[i]) < 0)
             return AP_STEP_SETUP;
-    if (connect_stdio(program->stdio) < 0)
+    if (connect_stdio(launch->stdio) < 0)
         return AP_STEP_SETUP;
-    if (program->cwd != NULL && chdir(program->cwd) < 0)
+    if (launch->cwd != NULL && chdir(launch->cwd) < 0)
         return AP_STEP_CHDIR;
-    if (program->umask >= 0)
-        (void)umask((mode_t)program->umask);
-    if (program->flags & AP_SPAWN_RESTORE_SIGNALS && (set_default(SIGPIPE) < 0 || set_default(SIGXFSZ) < 0))
+    if (launch->umask >= 0)
+        (void)umask((mode_t)launch->umask);
+    if (launch->flags & AP_SPAWN_RESTORE_SIGNALS && (set_default(SIGPIPE) < 0 || set_default(SIGXFSZ) < 0))
         return AP_STEP_SETUP;
-    if (program->flags & AP_SPAWN_SETSID && setsid() < 0)
+    if (launch->flags & AP_SPAWN_SETSID && setsid() < 0)
         return AP_STEP_SETUP;
-    if (program->pgid >= 0 && setpgid(0, program->pgid) < 0)
+    if (launch->pgid >= 0 && setpgid(0, launch->pgid) < 0)
         return AP_STEP_SETUP;
-    if (program->flags & AP_SPAWN_CLOSE_FDS && close_others(program->pass_fds, program->pass_count) < 0)
+    if (launch->flags & AP_SPAWN_CLOSE_FDS && close_others(launch->pass_fds, launch->pass_count) < 0)
         return AP_STEP_SETUP;
     if (launch->reset_handlers && reset_handlers() < 0)
         return AP_STEP_SETUP;
@@ -187,8 +188,8 @@ static int run_child(void *data)
         /* Last, when no handler of the parent's is left that could run in its memory. */
         set_mask(launch->old_mask, &mine);
         error = 0;
-        for (i = 0; i < launch->program->path_count; i++) {
-            (void)execve(launch->paths[i], launch->argv, launch->envp);
+        for (i = 0; i < launch->path_count; i++) {
+            (void)execve(launch->paths[i], launch->argv, launch->env);
             if (error == 0 && errno != ENOENT && errno != ENOTDIR)
                 error = errno; /* as subprocess does: what is there and cannot be run, before what is not there */
         }
@@ -327,43 +328,54 @@ static void discard(int pid, int pidfd, int kill_it)
         (void)close(pidfd);
 }
 
-int ap_spawn(int reaper, const ap_program *program, int *ret_pidfd, int *ret_step)
+static long long failure(int step, int error)
 {
-    struct launch launch = {.program = program};
-    int pid, err, pidfd = -1;
-    uint64_t unused;
+    return -((long long)step << 16 | error);
+}
 
-    launch.paths = point_at(program->paths, program->path_count);
-    launch.argv = point_at(program->argv, program->argc);
-    launch.envp = program->envc < 0 ? copy_environment() : point_at(program->envp, program->envc);
-    if (launch.paths == NULL || launch.argv == NULL || launch.envp == NULL)
-        pid = -ENOMEM;
-    else {
+long long ap_spawn(int reaper, const char *paths, int path_count, const char *argv, int arg_count, const char *env,
+                   int env_count, const char *cwd, const int *pass_fds, int pass_count, int in, int out, int err, int umask,
+                   int pgid, int flags)
+{
+    struct launch launch = {
+        .paths = point_at(paths, path_count),
+        .argv = point_at(argv, arg_count),
+        .env = env_count < 0 ? copy_environment() : point_at(env, env_count),
+        .cwd = cwd,
+        .pass_fds = pass_fds,
+        .path_count = path_count,
+        .pass_count = pass_count,
+        .stdio = {in, out, err},
+        .umask = umask,
+        .pgid = pgid,
+        .flags = flags,
+    };
+    int pid = -ENOMEM, error, pidfd = -1;
+
+    if (launch.paths != NULL && launch.argv != NULL && launch.env != NULL) {
+        uint64_t unused;
         set_mask(~(uint64_t)0, &launch.old_mask);
         pid = clone_child(&launch, &pidfd);
         set_mask(launch.old_mask, &unused);
     }
     free(launch.paths);
     free(launch.argv);
-    free(launch.envp);
+    free(launch.env);
 
-    *ret_step = AP_STEP_PARENT;
     if (pid < 0)
-        return pid;
+        return failure(AP_STEP_PARENT, -pid);
     if (launch.error != 0) {
         discard(pid, pidfd, 0);
-        *ret_step = launch.step;
-        return -launch.error;
+        return failure(launch.step, launch.error);
     }
     if (pidfd < 0) { /* Linux before 5.2 ignores CLONE_PIDFD */
         discard(pid, pidfd, 1);
-        return -ENOSYS;
+        return failure(AP_STEP_PARENT, ENOSYS);
     }
-    err = ap_reaper_adopt(reaper, pid, pidfd, 0);
-    if (err < 0) {
+    error = -ap_reaper_adopt(reaper, pid, pidfd, 0);
+    if (error > 0) {
         discard(pid, pidfd, 1);
-        return err;
+        return failure(AP_STEP_PARENT, error);
     }
-    *ret_pidfd = pidfd;
-    return pid;
+    return (long long)pid << 32 | pidfd;
 }

@@ -11,27 +11,21 @@ enum {
     AP_SPAWN_SETSID = 4           /* call setsid(2) */
 };
 
-/* What to start. Lists of strings are one block in which each string ends with a NUL. */
-typedef struct {
-    const char *paths; /* what to try to execute, in this order */
-    const char *argv;
-    const char *envp;  /* read if envc >= 0 */
-    const char *cwd;   /* NULL: the caller's */
-    const int *pass_fds; /* ascending; made inheritable */
-    int path_count;
-    int argc;
-    int envc;          /* -1: the environment of this process */
-    int pass_count;
-    int stdio[3];      /* becomes the child's 0, 1, 2; -1: the caller's */
-    int umask;         /* -1: the caller's */
-    int pgid;          /* for setpgid(2), 0 for a group of its own; -1: the caller's */
-    int flags;         /* AP_SPAWN_* */
-} ap_program;
-
 /* Start a program as vfork(2) and execve(2) do, close-on-exec races and at-fork hooks spared, and hold its pidfd in the
- * reaper. Returns its pid, *ret_pidfd its pidfd, owned as after ap_reaper_add. On failure returns -errno, *ret_step says
- * where (AP_STEP_*), and there is no child, no zombie and no descriptor.
- * -ENOSYS, -EPERM, -EACCES, -EINVAL at AP_STEP_PARENT: clone with CLONE_PIDFD (Linux 5.2) is not to be had here. */
-int ap_spawn(int reaper, const ap_program *program, int *ret_pidfd, int *ret_step);
+ * reaper. Lists of strings are one block in which each string ends with a NUL:
+ *   paths     what to try to execute, in this order
+ *   env       read if env_count >= 0; -1: the environment of this process
+ *   cwd       NULL: the caller's
+ *   pass_fds  ascending; made inheritable
+ *   in, out, err  become the child's 0, 1, 2; -1: the caller's
+ *   umask     -1: the caller's
+ *   pgid      for setpgid(2), 0 for a group of its own; -1: the caller's
+ *   flags     AP_SPAWN_*
+ * Returns pid << 32 | pidfd, the pidfd owned as after ap_reaper_add. On failure returns -(step << 16 | errno) with a step
+ * of AP_STEP_*, and there is no child, no zombie and no descriptor.
+ * ENOSYS, EPERM, EACCES, EINVAL at AP_STEP_PARENT: clone with CLONE_PIDFD (Linux 5.2) is not to be had here. */
+long long ap_spawn(int reaper, const char *paths, int path_count, const char *argv, int arg_count, const char *env,
+                   int env_count, const char *cwd, const int *pass_fds, int pass_count, int in, int out, int err, int umask,
+                   int pgid, int flags);
 
 #endif

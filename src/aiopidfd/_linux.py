@@ -18,7 +18,7 @@ import os
 import resource
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
 from ._ext import ffi, lib
@@ -76,16 +76,13 @@ def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
         raise error(-result, f"pidfd_send_signal(signal {signal})")
 
 
-class Exit:
-    """One `ap_exit` for a single waitid call: pid, status, source and rusage as the C side writes them."""
+class Exit(NamedTuple):
+    """What a single waitid call has told: as the C side writes it."""
 
-    __slots__ = ("pid", "rusage", "source", "status")
-
-    def __init__(self, pid: int, status: int, source: int, rusage: bytes) -> None:
-        self.pid = pid
-        self.status = status
-        self.source = source
-        self.rusage = rusage
+    pid: int
+    status: int
+    source: int
+    rusage: bytes
 
 
 _RECORD: Final = struct.Struct(f"@4i{RUSAGE_SIZE}s")
@@ -240,51 +237,47 @@ SPAWN_RESTORE_SIGNALS: Final = lib.AP_SPAWN_RESTORE_SIGNALS
 SPAWN_SETSID: Final = lib.AP_SPAWN_SETSID
 
 
-class Program(NamedTuple):
-    """What `spawn` is to start: `ap_program` of cffi_build/spawn.h. No string may hold a NUL byte."""
-
-    paths: Sequence[bytes]
-    argv: Sequence[bytes]
-    env: Sequence[bytes] | None
-    cwd: bytes | None
-    pass_fds: Sequence[int]
-    stdio: tuple[int, int, int]
-    umask: int
-    pgid: int
-    flags: int
+def _block(strings: Sequence[bytes]) -> bytes:
+    return b"\0".join(strings) + b"\0"
 
 
-def _block(strings: Sequence[bytes]) -> Any:
-    return ffi.from_buffer(b"\0".join(strings) + b"\0")
+def spawn(
+    reaper: Reaper,
+    paths: Sequence[bytes],
+    argv: Sequence[bytes],
+    *,
+    env: Sequence[bytes] | None,
+    cwd: bytes | None,
+    pass_fds: Sequence[int],
+    stdio: Sequence[int],
+    umask: int,
+    pgid: int,
+    flags: int,
+) -> tuple[int, int, int]:
+    """Start a program, and hold its pidfd in the reaper. The C contract, and what each means, is in cffi_build/spawn.h.
 
-
-def spawn(reaper: Reaper, program: Program) -> tuple[int, int, int]:
-    """Start a program, and hold its pidfd in the reaper.
-
-    Returns its pid and pidfd, and STEP_EXEC. If that fails: minus the errno, -1, and the step (STEP_*) that failed; then
-    there is no child.
+    No string may hold a NUL byte. Returns the program's pid and pidfd, and STEP_EXEC. If that fails: minus the errno, -1,
+    and the step (STEP_*) that failed; then there is no child.
     """
-    # These blocks and arrays live as long as the call, since the locals do.
-    paths, argv = _block(program.paths), _block(program.argv)
-    env = None if program.env is None else _block(program.env)
-    cwd = None if program.cwd is None else _block([program.cwd])
-    result = ffi.new("int[2]")
-    fields = ffi.new("ap_program *")
-    fields.paths, fields.path_count = paths, len(program.paths)
-    fields.argv, fields.argc = argv, len(program.argv)
-    if program.env is None:
-        fields.envc = -1
-    else:
-        fields.envp, fields.envc = env, len(program.env)
-    if cwd is not None:
-        fields.cwd = cwd
-    if program.pass_fds:
-        pass_fds = ffi.new("int[]", program.pass_fds)
-        fields.pass_fds, fields.pass_count = pass_fds, len(program.pass_fds)
-    fields.stdio = program.stdio
-    fields.umask, fields.pgid, fields.flags = program.umask, program.pgid, program.flags
-    pid = lib.ap_spawn(reaper.fileno(), fields, result, result + 1)
-    return (pid, result[0], STEP_EXEC) if pid > 0 else (pid, -1, result[1])
+    result = lib.ap_spawn(
+        reaper.fileno(),
+        _block(paths),
+        len(paths),
+        _block(argv),
+        len(argv),
+        ffi.NULL if env is None else _block(env),
+        -1 if env is None else len(env),
+        ffi.NULL if cwd is None else cwd,
+        pass_fds or ffi.NULL,
+        len(pass_fds),
+        *stdio,
+        umask,
+        pgid,
+        flags,
+    )
+    if result > 0:
+        return result >> 32, result & 0xFFFFFFFF, STEP_EXEC
+    return -(-result & 0xFFFF), -1, -result >> 16
 
 
 BATCH_SIZE: Final = lib.AP_BATCH

@@ -49,12 +49,14 @@ class ReadPipeTransport(asyncio.ReadTransport):
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
-            self._end(exc)
+            self._release()
+            self._protocol.connection_lost(exc)
             return
         if data:
             self._protocol.data_received(data)
         else:
-            self._end(None)
+            self._release()
+            self._protocol.connection_lost(None)  # at once: it is the loop that has called us, and not the protocol
 
     def is_reading(self) -> bool:
         """Return whether data is passed on now."""
@@ -78,16 +80,15 @@ class ReadPipeTransport(asyncio.ReadTransport):
 
     def close(self) -> None:
         """Close the pipe; what is still in it is lost."""
-        self._end(None)
+        if not self._closing:
+            self._release()
+            self._loop.call_soon(self._protocol.connection_lost, None)
 
-    def _end(self, exc: Exception | None) -> None:
-        if self._closing:
-            return
+    def _release(self) -> None:
         if not self._paused:
             self._loop.remove_reader(self._fd)
         self._closing = True
         self._pipe.close()
-        self._loop.call_soon(self._protocol.connection_lost, exc)
 
 
 class WritePipeTransport(asyncio.WriteTransport):

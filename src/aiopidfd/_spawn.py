@@ -83,23 +83,33 @@ def _spawn(
     if pass_fds and not close_fds:
         raise _Unplain  # Popen warns of that
     sys.audit("subprocess.Popen", executable, argv, cwd, env)
-    program_path = _encode(executable)
-    program = _linux.Program(
-        paths=[program_path] if b"/" in program_path else _search_path(program_path, env),
-        argv=[_encode(arg) for arg in argv],
-        env=None if env is None else _encode_env(env),
-        cwd=None if cwd is None else _encode(cwd),
-        pass_fds=sorted({_descriptor(fd) for fd in pass_fds}),
-        stdio=(-1, -1, -1),
-        umask=_number(umask),
-        pgid=-1 if process_group is None else _number(process_group),
-        flags=(_linux.SPAWN_CLOSE_FDS if close_fds else 0)
+    path = _encode(executable)
+    paths = (path,) if b"/" in path else _search_path(path, env)
+    encoded_argv = [_encode(arg) for arg in argv]
+    encoded_env = None if env is None else _encode_env(env)
+    encoded_cwd = None if cwd is None else _encode(cwd)
+    keep = sorted({_descriptor(fd) for fd in pass_fds}) if pass_fds else ()
+    umask = _number(umask)
+    pgid = -1 if process_group is None else _number(process_group)
+    flags = (
+        (_linux.SPAWN_CLOSE_FDS if close_fds else 0)
         | (_linux.SPAWN_RESTORE_SIGNALS if restore_signals else 0)
-        | (_linux.SPAWN_SETSID if start_new_session else 0),
+        | (_linux.SPAWN_SETSID if start_new_session else 0)
     )
     streams = _Streams(stdin, stdout, stderr)
     try:
-        pid, pidfd, step = _linux.spawn(reaper, program._replace(stdio=streams.child))
+        pid, pidfd, step = _linux.spawn(
+            reaper,
+            paths,
+            encoded_argv,
+            env=encoded_env,
+            cwd=encoded_cwd,
+            pass_fds=keep,
+            stdio=streams.child,
+            umask=umask,
+            pgid=pgid,
+            flags=flags,
+        )
     except BaseException:
         streams.close_ours()
         raise
@@ -153,7 +163,9 @@ def _encode_env(env: Any) -> list[bytes]:
 
 
 def _search_path(program: bytes, env: Any) -> list[bytes]:
-    return [os.path.join(_encode(directory), program) for directory in os.get_exec_path(env)]
+    # What get_exec_path finds in our own environment, without the warning filters that it sets and restores.
+    directories = os.environ.get("PATH", os.defpath).split(os.pathsep) if env is None else os.get_exec_path(env)
+    return [os.path.join(_encode(directory), program) for directory in directories]
 
 
 def _number(value: Any) -> int:
@@ -177,16 +189,15 @@ class _Streams:
         made = [-1, -1, -1]
         try:
             for number, wanted in enumerate((stdin, stdout, stderr)):
-                made[number] = self._make(number, wanted, made[1])
+                if wanted is not None:
+                    made[number] = self._make(number, wanted, made[1])
         except BaseException:
             self.close_childs()
             self.close_ours()
             raise
-        self.child = (made[0], made[1], made[2])
+        self.child = made
 
     def _make(self, number: int, wanted: Any, stdout: int) -> int:
-        if wanted is None:
-            return -1
         if wanted == subprocess.PIPE:
             read, write = os.pipe()
             child, ours = (read, write) if number == 0 else (write, read)
@@ -216,18 +227,15 @@ class _Streams:
 class _Process(subprocess.Popen[bytes]):
     """The Popen of a program that Popen has not started: what it offers for a child, and how it ends, is the same."""
 
+    # What Popen.__init__ sets on Python 3.9 to 3.15 before it starts the child, and after; here, what is the same for all.
+    encoding = errors = pipesize = process_group = _input = None
+    text_mode = _communication_started = False
+    _closed_child_pipe_fds = _child_created = True
+    _sigint_wait_secs = 0.25
+
     def __init__(self, args: Any, pid: int, streams: _Streams) -> None:
-        # What Popen.__init__ sets on Python 3.9 to 3.15 before it starts the child, and after.
         self.args = args
         self.pid = pid
         self.returncode = None
         self.stdin, self.stdout, self.stderr = streams.ours
-        self.encoding = self.errors = self.pipesize = None
-        self.text_mode = False
-        self.process_group = None
         self._waitpid_lock = threading.Lock()
-        self._input = None
-        self._communication_started = False
-        self._closed_child_pipe_fds = True
-        self._child_created = True
-        self._sigint_wait_secs = 0.25
