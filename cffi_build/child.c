@@ -8,7 +8,8 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -25,16 +26,27 @@ unsigned long long ap_caught_signals(void)
     return caught;
 }
 
-int ap_set_signal_mask(unsigned long long mask)
+int ap_is_ignored(int signal)
 {
-    sigset_t set;
+    struct sigaction action;
+    return sigaction(signal, NULL, &action) == 0 && action.sa_handler == SIG_IGN;
+}
+
+unsigned long long ap_set_signal_mask(unsigned long long mask)
+{
+    unsigned long long old_mask = 0;
+    sigset_t set, old;
     int number;
 
     (void)sigemptyset(&set);
     for (number = 1; number <= 64; number++)
         if (mask >> (number - 1) & 1)
             (void)sigaddset(&set, number);
-    return -pthread_sigmask(SIG_SETMASK, &set, NULL);
+    (void)pthread_sigmask(SIG_SETMASK, &set, &old);
+    for (number = 1; number <= 64; number++)
+        if (sigismember(&old, number) == 1)
+            old_mask |= 1ULL << (number - 1);
+    return old_mask;
 }
 
 int ap_set_pdeathsig(int signal)
@@ -44,30 +56,29 @@ int ap_set_pdeathsig(int signal)
 
 int ap_detach_epolls(void)
 {
-    static const char epoll_link[] = "anon_inode:[eventpoll]";
-    int null, count = 0;
+    int null, probe, err = 0, count = 0;
     struct dirent *entry;
     DIR *descriptors = opendir("/proc/self/fd");
 
     if (descriptors == NULL)
         return -errno;
     null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (null < 0) {
-        int err = errno;
-        (void)closedir(descriptors);
-        return -err;
-    }
-    while ((entry = readdir(descriptors)) != NULL) {
-        char target[sizeof epoll_link];
-        ssize_t length = readlinkat(dirfd(descriptors), entry->d_name, target, sizeof target);
-
-        if (length != sizeof epoll_link - 1 || memcmp(target, epoll_link, sizeof epoll_link - 1) != 0)
+    probe = eventfd(0, EFD_CLOEXEC);
+    if (null < 0 || probe < 0)
+        err = errno;
+    while (err == 0 && (entry = readdir(descriptors)) != NULL) {
+        int fd = atoi(entry->d_name);
+        /* To delete what it cannot hold is the cheapest question that only an epoll descriptor answers with ENOENT. */
+        if (epoll_ctl(fd, EPOLL_CTL_DEL, probe, NULL) == 0 || errno != ENOENT)
             continue;
-        /* Not closed and not EPOLL_CTL_DEL: see the header. */
-        (void)dup3(null, atoi(entry->d_name), O_CLOEXEC);
+        /* Not closed, and nothing in it deleted: see the header. */
+        (void)dup3(null, fd, O_CLOEXEC);
         count++;
     }
-    (void)close(null);
+    if (probe >= 0)
+        (void)close(probe);
+    if (null >= 0)
+        (void)close(null);
     (void)closedir(descriptors);
-    return count;
+    return err != 0 ? -err : count;
 }

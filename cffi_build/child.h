@@ -5,9 +5,12 @@
 /* Return a bit mask (bit n - 1 for signal n) of the signals that have a handler, C or Python: neither SIG_DFL nor SIG_IGN. */
 unsigned long long ap_caught_signals(void);
 
-/* Block the signals in `mask` (bit n - 1 for signal n), and no others, in this thread. As Python's pthread_sigmask, which
- * takes three times as long in a new process, to return the old mask as enum members. */
-int ap_set_signal_mask(unsigned long long mask);
+/* Return whether `signal` is ignored. */
+int ap_is_ignored(int signal);
+
+/* Block the signals in `mask` (bit n - 1 for signal n), and no others, in this thread; return which were blocked before.
+ * libc keeps two for itself, which stay as they are. */
+unsigned long long ap_set_signal_mask(unsigned long long mask);
 
 /* Ask for `signal` when the thread that forked this process ends; 0 asks for none. See PR_SET_PDEATHSIG in prctl(2). */
 int ap_set_pdeathsig(int signal);

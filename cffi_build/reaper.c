@@ -20,7 +20,7 @@ static struct epoll_event interest(int pid, int pidfd, int flags)
     /* One shot: the first event is nearly always the end, and an interest that has fired is gone with the last copy of the
      * descriptor, silent until then. So it need not be deleted, even if a forked process holds a copy. */
     return (struct epoll_event){
-        .events = EPOLLIN | EPOLLET | EPOLLONESHOT,
+        .events = EPOLLIN | EPOLLET | (pid == 0 ? 0 : EPOLLONESHOT),
         .data.u64 = (uint64_t)(uint32_t)pid << 32 | (uint32_t)pidfd | (flags & AP_ADD_PEEK ? PEEK : 0),
     };
 }
@@ -70,7 +70,7 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
 
 int ap_reaper_add_wake(int reaper, int fd)
 {
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = (uint32_t)fd};
+    struct epoll_event event = interest(0, fd, 0);
     return epoll_ctl(reaper, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
 

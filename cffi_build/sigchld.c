@@ -234,7 +234,8 @@ void ap_sigchld_after_fork(void)
 
     (void)pthread_mutex_init(&lock, NULL); /* another thread of the parent may have held it */
     for (i = 0; i < MAX_ABANDONED; i++)
-        atomic_store(&abandoned[i], 0);
+        if (atomic_load_explicit(&abandoned[i], memory_order_relaxed) != 0) /* what is not written to is not copied */
+            atomic_store(&abandoned[i], 0);
     (void)ap_sigchld_restore();
     if (fd >= 0)
         (void)close(fd);

@@ -64,3 +64,23 @@ def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: _linux.
             os.close(writer)
         assert not is_readable(reaper)
         assert list(reaper.reap()) == []
+
+
+def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: _linux.Reaper) -> None:
+    reader, writer = os.pipe()
+    try:
+        reaper.add_wake(reader)
+        for _ in range(2):
+            for _ in range(2):
+                os.write(writer, b"x")
+                assert list(reaper.reap()) == []
+                assert reaper.woken
+                reaper.clear_woken()
+                assert not is_readable(reaper)
+            reaper.modify(0, reader, 0)  # tells at once what is there to read, as the SIGCHLD backend wants it
+            assert is_readable(reaper)
+            reaper.reap()
+            reaper.clear_woken()
+    finally:
+        os.close(reader)
+        os.close(writer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found] # not in typeshed
 import asyncio
 import contextvars
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import traceback
 from asyncio.tasks import _leave_task, current_task
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, NamedTuple, NoReturn
 
 from . import _linux
@@ -43,7 +44,7 @@ class Birth(NamedTuple):
     child_func: Callable[[], int | None]
     options: Options
     gate: int
-    old_mask: Iterable[int]
+    old_mask: int
     loop: asyncio.AbstractEventLoop
     parent_pid: int
 
@@ -83,9 +84,12 @@ def _run(start: Callable[[], Callable[[], object]]) -> int:
 
 
 def _start(birth: Birth) -> Callable[[], object]:
-    if not os.read(birth.gate, 1):
-        raise SystemExit(1)  # the parent has given us up before it could watch us
-    _clean(birth.loop)
+    try:
+        _clean(birth.loop)  # while the parent sees to it that we are watched
+    finally:
+        # Not before it is: we could be reaped by somebody else.
+        if not os.read(birth.gate, 1):
+            raise SystemExit(1)  # the parent has given us up
     settle(birth.options, birth.parent_pid, birth.gate, birth.old_mask)
     if birth.options.ready == "auto":
         notify_ready()
@@ -105,16 +109,18 @@ def _clean(loop: asyncio.AbstractEventLoop) -> None:
 
 def reset_signals() -> None:
     """Set every signal that is handled to its default, SIGINT to KeyboardInterrupt; those that are ignored stay it."""
+    # By what signal.signal calls: its enum members would cost a new process some thirty copied pages.
     signal.set_wakeup_fd(-1)
     for number in _linux.caught_signals():
-        signal.signal(number, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else this child could not wait for children of its own
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number != signal.SIGINT:
+            _signal.signal(number, _signal.SIG_DFL)
+    if _linux.is_ignored(signal.SIGCHLD):
+        _signal.signal(signal.SIGCHLD, _signal.SIG_DFL)  # else this child could not wait for children of its own
+    if not _linux.is_ignored(signal.SIGINT):
+        _signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def settle(options: Options, parent_pid: int, gate: int, mask: Iterable[int]) -> None:
+def settle(options: Options, parent_pid: int, gate: int, mask: int) -> None:
     """Give a clean child what was asked for, its descriptor to say on that it is ready, and its signals."""
     if options.start_new_session:
         os.setsid()

@@ -172,7 +172,7 @@ def _fork(
             undo.callback(forget_gate, gate)
             _child.flush_streams()  # else both of us would write what is buffered
             parent_pid = os.getpid()
-            old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            old_mask = _linux.set_signal_mask(_linux.ALL_SIGNALS)
             try:
                 pid, pidfd = fork_()
                 if pid == 0:
@@ -183,7 +183,7 @@ def _fork(
                     end_unwatched(pid, pidfd)
                     raise
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+                _linux.set_signal_mask(old_mask)
         with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
             gate.send(b"g")
         gate.setblocking(False)

@@ -20,11 +20,10 @@ import functools
 import importlib
 import os
 import pickle
-import signal
 import socket
 import struct
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from . import _child, _fork, _linux
@@ -51,7 +50,7 @@ class Server(NamedTuple):
 
     wire: socket.socket
     parent_pid: int
-    mask: Iterable[int]
+    mask: int
 
 
 def pack_order(options: Options, pass_fds: Sequence[int], body_size: int) -> bytes:
@@ -64,7 +63,7 @@ def pack_order(options: Options, pass_fds: Sequence[int], body_size: int) -> byt
 
 def serve(wire: socket.socket, preload: Sequence[str], parent_pid: int) -> None:
     """Fork workers until the parent has closed its end of the wire."""
-    server = Server(wire, parent_pid, signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
+    server = Server(wire, parent_pid, _linux.set_signal_mask(_linux.ALL_SIGNALS))
     try:
         if _greet(server, preload):
             while _serve_one(server):

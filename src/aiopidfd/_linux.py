@@ -17,7 +17,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
@@ -370,11 +370,20 @@ def caught_signals() -> list[int]:
     return [number for number in range(1, 65) if mask >> (number - 1) & 1]
 
 
-def set_signal_mask(numbers: Iterable[int]) -> None:
-    """Block these signals, and no others, in this thread."""
-    result = lib.ap_set_signal_mask(sum(1 << (number - 1) for number in numbers))
-    if result < 0:
-        raise error(-result, "pthread_sigmask()")
+def is_ignored(signal: int) -> bool:
+    """Return whether `signal` is ignored."""
+    return bool(lib.ap_is_ignored(signal))
+
+
+ALL_SIGNALS: Final = (1 << 64) - 1
+
+
+def set_signal_mask(mask: int) -> int:
+    """Block the signals in `mask` (bit n - 1 for signal n), and no others, in this thread; return what it was.
+
+    As signal.pthread_sigmask, without its sets of enum members: in a new process they take longer than all the rest.
+    """
+    return lib.ap_set_signal_mask(mask)
 
 
 def set_pdeathsig(signal: int) -> None:

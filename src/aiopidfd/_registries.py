@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import weakref
 
 from . import _sigchld
 from ._registry import Registry
 
-_registries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Registry] = weakref.WeakKeyDictionary()
+# By the id of their loop. A registry goes as it is closed, which it is before its loop is gone; should a loop not see to
+# that, another one may have its id: hence the look at whose it is. Not weak, since what a child runs first must be short.
+_registries: dict[int, Registry] = {}
 _lock = threading.RLock()  # re-entrant as the registries' own, for Python signal handlers
 _hooked = False
 
@@ -22,20 +23,32 @@ def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
         RuntimeError: the loop is closed.
         OSError: EMFILE, ENFILE, out of descriptors.
     """
+    registry = _registries.get(id(loop))
+    if registry is not None and registry.loop() is loop:
+        return registry
+    return _make(loop)
+
+
+def _make(loop: asyncio.AbstractEventLoop) -> Registry:
     global _hooked  # noqa: PLW0603 - a process has one at-fork hook, put in place by the first registry
-    registry = _registries.get(loop)
-    if registry is None:
-        if loop.is_closed():
-            raise RuntimeError("the event loop is closed")
-        _sigchld.settle_abandoned()
-        with _lock:
-            registry = _registries.get(loop)
-            if registry is None:
-                if not _hooked:
-                    os.register_at_fork(after_in_child=_after_fork_in_child)
-                    _hooked = True
-                registry = _registries[loop] = Registry(loop)
+    if loop.is_closed():
+        raise RuntimeError("the event loop is closed")
+    _sigchld.settle_abandoned()
+    with _lock:
+        registry = _registries.get(id(loop))
+        if registry is None or registry.loop() is not loop:
+            if not _hooked:
+                os.register_at_fork(after_in_child=_after_fork_in_child)
+                _hooked = True
+            registry = _registries[id(loop)] = Registry(loop, _forget)
     return registry
+
+
+def _forget(registry: Registry) -> None:
+    with _lock:
+        for key, known in tuple(_registries.items()):
+            if known is registry:
+                del _registries[key]
 
 
 def find_registries() -> list[Registry]:
@@ -47,8 +60,7 @@ def find_registries() -> list[Registry]:
 def _after_fork_in_child() -> None:
     global _lock  # noqa: PLW0603 - another thread of the parent may have held the lock at the fork
     _lock = threading.RLock()
-    registries = list(_registries.values())
-    _registries.clear()
-    for registry in registries:
+    for registry in _registries.values():
         registry.forget_in_child()
+    _registries.clear()
     _sigchld.forget_after_fork()

@@ -36,10 +36,14 @@ class Registry:
     It is re-entrant since a Python signal handler may run between any two steps of ours and call us.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Open the backend and register it with `loop`. OSError EMFILE, ENFILE: out of descriptors."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, forget: Callable[[Registry], object]) -> None:
+        """Open the backend and register it with `loop`. `forget` is called on the way out.
+
+        OSError EMFILE, ENFILE: out of descriptors.
+        """
         # Weak: the loop owns us, by way of its reader. A strong reference would keep it alive in the map of registries.
         self.loop = weakref.ref(loop)
+        self._forget = forget
         self.closed = False
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
@@ -346,6 +350,7 @@ class Registry:
             self.closed = True
             left = [child.pid for child in self._children.values() if not (child.peek or child.stranger)]
             self._close_descriptors()
+        self._forget(self)
         if left:
             abandon(left)
 
