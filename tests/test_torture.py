@@ -1,0 +1,42 @@
+"""Short runs of the torture of subprocesses: no deadlock, nothing wrong, no descriptor where it should not be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiopidfd._linux import can_recover_exit
+
+from .conftest import BACKENDS, LOOPS
+from .seccomp import compile_c
+
+pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here, and so is a start in C")
+
+
+def torture(*options: str) -> None:
+    """Run it to its end; fail if it fails."""
+    compile_c("reporter.c", "-O1")  # skips where it cannot be
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.torture", *options],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "started in C" in run.stdout
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_threads_that_start_programs_beside_threads_in_malloc_and_fork(kind: str) -> None:
+    torture("--programs", "100", "--loop", kind)
+
+
+@pytest.mark.skipif("pidfd" not in BACKENDS or not can_recover_exit(), reason="this kernel does not tell a stolen status")
+@pytest.mark.parametrize("kind", LOOPS)
+def test_nothing_is_lost_to_a_hostile_reaper(kind: str) -> None:
+    torture("--programs", "100", "--loop", kind, "--threads", "1", "--allocating", "0", "--forking", "0", "--hostile")
