@@ -43,6 +43,22 @@ def _list_goals() -> list[Goal]:
     # Against both of asyncio's, since which one a program gets depends on its Python version.
     for peer in ("asyncio pidfd", "asyncio threaded"):
         goals += [Goal("spawn", "total", ("aiopidfd asyncio", x), (peer, x), True, 1.1) for x in (20, 500, 2000)]
+        for loop in ("asyncio", "uvloop"):
+            goals += [
+                Goal("spawn", "cpu", (f"aiopidfd {loop}", 20), (peer, 20), True, 0.6),
+                Goal("spawn", "cpu_pipes", (f"aiopidfd {loop}", 20), (peer, 20), True, 0.65),
+                Goal("spawn", "wall", (f"aiopidfd {loop}", 20), (peer, 20), True, 0.8),
+            ]
+    for loop in ("asyncio", "uvloop"):
+        goals += [Goal("spawn", "total", (f"aiopidfd {loop}", x), ("uvloop", x), True, 1) for x in (20, 500, 2000)]
+        goals.append(Goal("spawn", "total", (f"aiopidfd {loop}", 2000), (f"aiopidfd {loop}", 20), True, 1.2))
+    fork_server = "aiopidfd ForkServer"
+    goals += [
+        Goal("fork", "ready", ("aiopidfd asyncio", 2000), (fork_server, 2000), False, 20),
+        Goal("fork", "ready", (fork_server, 2000), (fork_server, 20), True, 1.5),
+        Goal("fork", "ready", ("aiotools forkserver", 2000), (fork_server, 2000), False, 40),
+        Goal("fork", "ready", (fork_server, 20), ("C fork server", 20), True, 4),
+    ]
     order = ("latency", "cost", "spawn", "fork")
     return sorted(goals, key=lambda goal: order.index(goal.benchmark))
 

@@ -24,8 +24,8 @@ Method = Literal["fork", "forkserver", "spawn"]
 Fork = Callable[[], Awaitable[Callable[[], Awaitable[object]]]]
 
 
-def _measure_c(megabytes: int, samples: int) -> Samples:
-    command = [find_program("floor_fork"), str(megabytes), str(samples)]
+def _measure_c(program: str, megabytes: int, samples: int) -> Samples:
+    command = [find_program(program), str(megabytes), str(samples)]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     pairs = [line.split() for line in output.splitlines()]
     return {"ready": [int(ready) / 1000 for ready, _ in pairs], "total": [int(total) / 1000 for _, total in pairs]}
@@ -152,7 +152,8 @@ def _measure_fork_server(loop: LoopName, megabytes: int, samples: int) -> Sample
 
 
 PEERS: dict[str, Callable[[int, int], Samples]] = {
-    "C program": _measure_c,
+    "C program": partial(_measure_c, "floor_fork"),
+    "C fork server": partial(_measure_c, "floor_fork_server"),
     "os.fork": _measure_os_fork,
     "multiprocessing fork": _measure_multiprocessing,
     "aiotools fork": partial(_measure_aiotools, "fork", False),

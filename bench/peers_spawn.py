@@ -1,4 +1,4 @@
-"""`spawn`: start a program, wait for its end, from a parent of a given size; how long the loop stands still for it."""
+"""`spawn`: start a program and wait for its end, from a parent of a given size: time, stall of the loop, CPU time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
-from time import perf_counter_ns
+from subprocess import PIPE
+from time import perf_counter_ns, process_time_ns
 
 from .loops import LoopName, WatcherName, new_asyncio_watcher, new_loop, new_our_loop, run
 from .memory import grow_to
@@ -18,6 +19,8 @@ Operation = Callable[[], Awaitable[object]]
 
 TRUE = shutil.which("true") or "/bin/true"
 _WARM_UP = 2
+_BATCH = 64  # programs at a time, of which
+_SAMPLES_PER_BATCH = 5  # there is one for so many single ones
 
 
 def _measure_posix_spawn(megabytes: int, samples: int) -> Samples:
@@ -39,6 +42,28 @@ async def run_subprocess() -> None:
     await process.wait()
 
 
+async def run_subprocess_with_pipes() -> None:
+    """The same with three pipes."""
+    process = await asyncio.create_subprocess_exec(TRUE, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    await process.communicate()
+
+
+async def _sample_batches(samples: int) -> Samples:
+    """Run programs by the batch, and measure what one of them costs."""
+    measured: Samples = {"cpu": [], "wall": [], "cpu_pipes": [], "wall_pipes": []}
+    for _ in range(-(-samples // _SAMPLES_PER_BATCH)):
+        for suffix, operation in (("", run_subprocess), ("_pipes", run_subprocess_with_pipes)):
+            start_ns, cpu_start_ns = perf_counter_ns(), process_time_ns()
+            await asyncio.gather(*(operation() for _ in range(_BATCH)))
+            measured[f"cpu{suffix}"].append((process_time_ns() - cpu_start_ns) / _BATCH / 1000)
+            measured[f"wall{suffix}"].append((perf_counter_ns() - start_ns) / _BATCH / 1000)
+    return measured
+
+
+async def _sample_asyncio(samples: int) -> Samples:
+    return {**await _sample_all(samples, run_subprocess), **await _sample_batches(samples)}
+
+
 async def _sample_all(samples: int, operation: Operation) -> Samples:
     async def sample() -> float:
         start_ns = perf_counter_ns()
@@ -57,19 +82,19 @@ def _measure_asyncio(watcher: WatcherName, megabytes: int, samples: int) -> Samp
     loop = new_loop("asyncio")
     new_asyncio_watcher(watcher, loop)
     grow_to(megabytes)
-    return run(loop, _sample_all(samples, run_subprocess))
+    return run(loop, _sample_asyncio(samples))
 
 
 def _measure_uvloop(megabytes: int, samples: int) -> Samples:
     loop = new_loop("uvloop")
     grow_to(megabytes)
-    return run(loop, _sample_all(samples, run_subprocess))
+    return run(loop, _sample_asyncio(samples))
 
 
 def _measure_ours(loop_name: LoopName, megabytes: int, samples: int) -> Samples:
     loop = new_our_loop(loop_name)
     grow_to(megabytes)
-    return run(loop, _sample_all(samples, run_subprocess))
+    return run(loop, _sample_asyncio(samples))
 
 
 def _measure_anyio(megabytes: int, samples: int) -> Samples:

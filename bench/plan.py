@@ -75,6 +75,10 @@ _ALL = (
         metrics={
             "total": Metric("create_subprocess_exec to the end of wait()"),
             "stall": Metric("longest stall of the loop"),
+            "cpu": Metric("CPU time of the parent for each of 64 at a time"),
+            "wall": Metric("time for each of 64 at a time"),
+            "cpu_pipes": Metric("CPU time of the parent for each of 64 at a time with three pipes"),
+            "wall_pipes": Metric("time for each of 64 at a time with three pipes"),
         },
         peers=tuple(peers_spawn.PEERS),
         reference="posix_spawn",
@@ -99,6 +103,7 @@ _ALL = (
         quick={20: 3, 500: 3},
         notes=(
             "The C program, os.fork and multiprocessing know no loop: they block for the whole of it.",
+            "The C fork server is a floor for ours: the same messages and system calls, without Python.",
             "forkserver and spawn run the function in an interpreter that shares no memory with the parent.",
         ),
     ),

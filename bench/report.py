@@ -67,8 +67,8 @@ def _write_faster_peers(benchmark: Benchmark, table: Table, name: str, metric: M
         medians = {peer: table.p50(name, peer, x) for peer in benchmark.peers}
         ranked = sorted((sign * median, peer) for peer, median in medians.items() if median is not None)
         ours = next((pair for pair in ranked if is_ours(pair[1])), None)
-        floor = benchmark.reference if benchmark.has_floor else "C program"
-        better = [peer for value, peer in ranked if ours and value < ours[0] and peer != floor]
+        floors = {benchmark.reference} if benchmark.has_floor else {"C program", "C fork server"}
+        better = [peer for value, peer in ranked if ours and value < ours[0] and peer not in floors]
         if ours and better:
             wins.append(f"at {x:,} {' and '.join(better)}")
     if wins:
