@@ -1,0 +1,48 @@
+/* Children by clone3(2), for the tests of what each kernel can do. */
+#include <errno.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static long clone3(uint64_t flags, uint64_t exit_signal, int *pidfd)
+{
+    /* struct clone_args in its first form (Linux 5.3), which older headers lack. */
+    uint64_t arguments[8] = {[0] = flags, [1] = (uintptr_t)pidfd, [4] = exit_signal};
+    return syscall(435, arguments, sizeof arguments);
+}
+
+/* Make a child that exits at once, with 1 if SIGUSR1 has a handler in it and 0 if not. Returns its pid, or -errno. */
+int since_clone3(uint64_t flags, int exit_signal, int *ret_pidfd);
+int since_clone3(uint64_t flags, int exit_signal, int *ret_pidfd)
+{
+    long pid = clone3(flags, (uint64_t)exit_signal, ret_pidfd);
+
+    if (pid == 0) {
+        struct sigaction action;
+        (void)sigaction(SIGUSR1, NULL, &action);
+        _exit(action.sa_handler != SIG_DFL);
+    }
+    return pid < 0 ? -errno : (int)pid;
+}
+
+/* Make a child without an exit signal that makes a sibling of its own, by CLONE_PARENT, and ends; reap it. Returns 0, with the
+ * sibling left for the caller, or -errno. */
+int since_sibling(void);
+int since_sibling(void)
+{
+    enum { PARENT = 0x8000 };
+    siginfo_t info;
+    long pid = clone3(0, 0, NULL);
+
+    if (pid < 0)
+        return -errno;
+    if (pid == 0) {
+        long sibling = clone3(PARENT, 0, NULL);
+        _exit(sibling < 0 ? errno : 0);
+    }
+    if (syscall(SYS_waitid, P_PID, pid, &info, WEXITED | __WALL, NULL) < 0)
+        return -errno;
+    return -info.si_status;
+}
