@@ -1,6 +1,6 @@
 """The kernel as we use it: facts about its versions, and typed calls that raise OSError.
 
-Facts that the code above rests on (Linux versions; checked on 6.18 where not said otherwise):
+Facts that the code above rests on, by Linux version (tests/kernels tries them on 5.10, 6.1, 6.12, 6.18 and 7.2):
 
 * pidfd_send_signal 5.1, clone with CLONE_PIDFD 5.2, pidfd_open and polling a pidfd 5.3, waitid with P_PIDFD 5.4
   (EINVAL before). A seccomp filter may answer ENOSYS, EPERM or EACCES for any of them.
