@@ -15,6 +15,7 @@ class Metric(NamedTuple):
     title: str
     unit: str = "µs"
     more_is_better: bool = False
+    is_pictured: bool = True  # there is room for three
 
 
 class Benchmark(NamedTuple):
@@ -75,10 +76,10 @@ _ALL = (
         metrics={
             "total": Metric("create_subprocess_exec to the end of wait()"),
             "stall": Metric("longest stall of the loop"),
-            "cpu": Metric("CPU time of the parent for each of 64 at a time"),
-            "wall": Metric("time for each of 64 at a time"),
-            "cpu_pipes": Metric("CPU time of the parent for each of 64 at a time with three pipes"),
-            "wall_pipes": Metric("time for each of 64 at a time with three pipes"),
+            "cpu": Metric("CPU time for each of 64 at a time"),
+            "wall": Metric("time for each of 64 at a time", is_pictured=False),
+            "cpu_pipes": Metric("CPU time for each of 64 at a time with three pipes", is_pictured=False),
+            "wall_pipes": Metric("time for each of 64 at a time with three pipes", is_pictured=False),
         },
         peers=tuple(peers_spawn.PEERS),
         reference="posix_spawn",

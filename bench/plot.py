@@ -35,6 +35,7 @@ class _Style(NamedTuple):
 
 _FLOOR = _Style("#7d8590", "", "--")
 _STYLES = {
+    "C fork server": _Style("#7d8590", "", ":"),
     "aiopidfd asyncio": _Style("#f76707"),
     "aiopidfd uvloop": _Style("#e03131", "s"),
     "aiopidfd asyncio sigchld": _Style("#f76707", "o", ":"),
@@ -83,8 +84,9 @@ def draw_all(results: Results, directory: Path) -> None:
 
 
 def _draw(benchmark: Benchmark, table: Table, results: Results, directory: Path) -> None:
-    values = {metric: _list_medians(benchmark, table, metric) for metric in benchmark.metrics}
-    metrics = [metric for metric in benchmark.metrics if values[metric]]
+    pictured = [name for name, metric in benchmark.metrics.items() if metric.is_pictured]
+    values = {metric: _list_medians(benchmark, table, metric) for metric in pictured}
+    metrics = [metric for metric in pictured if values[metric]]
     if not metrics:
         return
     is_shared = len({benchmark.metrics[metric].unit for metric in metrics}) == 1
@@ -129,7 +131,7 @@ def _label(benchmark: Benchmark, peer: str) -> str:
 
 
 def _is_floor(benchmark: Benchmark, peer: str) -> bool:
-    return peer == "C program" or (benchmark.has_floor and peer == benchmark.reference)
+    return peer.startswith("C ") or (benchmark.has_floor and peer == benchmark.reference)
 
 
 def _list_points(table: Table, metric: str, peer: str) -> list[tuple[int, float]]:
@@ -141,7 +143,7 @@ def _draw_lines(axes: Axes, benchmark: Benchmark, table: Table, metric: str) -> 
     for peer in benchmark.peers:
         points = _list_points(table, metric, peer)
         if points:
-            style = _FLOOR if _is_floor(benchmark, peer) else _STYLES[peer]
+            style = _STYLES.get(peer, _FLOOR)
             axes.plot(
                 *zip(*points),
                 color=style.color,
