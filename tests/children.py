@@ -9,6 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+# Signals that kill, of every kind: with and without a core, and real-time ones.
+DEADLY = [1, 2, 3, 4, 6, 8, 9, 10, 11, 13, 14, 15, 31, 34, 50, 64]
+
 
 class Held:
     """A child that waits for `end(code)`, a signal, or the closing of the test's end of its pipe (code 0)."""
@@ -58,13 +61,30 @@ def one_held() -> Iterator[Held]:
         yield child
 
 
+def obey(orders: int) -> int:
+    """In a forked child: do what ender.c does. Returns the exit code."""
+    signal.alarm(120)  # others may hold copies of the pipe's other end: nobody would tell us that all is over
+    # Python's Popen, in another thread of our parent, waits until nobody has a copy of a pipe of its own.
+    os.closerange(3, orders)
+    os.closerange(orders + 1, 4096)
+    how, which = os.read(orders, 2)
+    if how == ord("x"):
+        return which
+    with contextlib.suppress(OSError):  # SIGKILL
+        signal.signal(which, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.kill(os.getpid(), which)
+    return 99
+
+
 def await_zombie(pid: int) -> None:
     """Return once the child has ended; leave it unreaped."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 _PARENT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may be inherited ignored
 read, write = os.pipe()
 pid = os.posix_spawn("/bin/sh", ["sh", "-c", "read x; exit 11"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
 print(pid, flush=True)

@@ -1,4 +1,7 @@
-"""Many children, codes and signals at random, a hostile reaper: python -m tests.stress. It counts what was lost or wrong."""
+"""Many children, codes and signals at random, a hostile reaper: python -m tests.stress. It counts what was lost or wrong.
+
+With --chaos it is not only a reaper that is hostile, and nothing may be left behind either: see chaos.py.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,13 @@ from collections import Counter
 
 from aiopidfd import _backend, wait
 
+from . import chaos
+from .children import DEADLY
 from .conftest import LoopFactory, _loop_factory
 from .seccomp import compile_c
 
 AT_A_TIME = 64
 NATIVE_AT_A_TIME = 4  # uvloop takes milliseconds for each
-
-# Signals that kill, of every kind: with and without a core, and real-time ones.
-DEADLY = [1, 2, 3, 4, 6, 8, 9, 10, 11, 13, 14, 15, 31, 34, 50, 64]
 
 # How long a round may take before what is missing is called lost.
 PATIENCE_S = 60.0
@@ -138,7 +140,10 @@ def main() -> int:
         help="have a thread reap every child that it can (default: with backend pidfd)",
     )
     parser.add_argument("--native", action="store_true", help="mix in children that uvloop starts and reaps itself")
+    parser.add_argument("--chaos", action="store_true", help="do all to this process that a process can do to itself")
     options = parser.parse_args()
+    if options.chaos and (options.hostile is not None or options.native or options.children != sys.maxsize):
+        parser.error("--chaos takes --seconds, --loop, --backend and --seed")
     if options.hostile is None:
         options.hostile = options.backend == "pidfd" and not options.native
     if options.hostile and (options.native or options.backend == "sigchld"):
@@ -149,6 +154,9 @@ def main() -> int:
         options.seed = random.SystemRandom().randrange(2**32)
 
     os.environ[_backend.ENVIRONMENT] = options.backend
+    if options.chaos:
+        print(f"loop {options.loop}, backend {options.backend}, chaos, seed {options.seed}", flush=True)
+        return chaos.run(options.loop, options.seconds, options.seed)
     print(
         f"loop {options.loop}, backend {options.backend}, {'hostile' if options.hostile else 'no'} reaper, "
         f"{'uvloop-native children, ' if options.native else ''}seed {options.seed}",

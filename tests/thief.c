@@ -20,13 +20,15 @@ static struct sigaction saved;
 static pthread_t thread;
 static atomic_int stopping;
 static atomic_long stolen;
+static atomic_int handler_steals;
 
 static void reap_all(int number)
 {
     int saved_errno = errno;
 
     (void)number;
-    while (waitpid(-1, NULL, WNOHANG) > 0)
+    /* Not once it was taken back: whoever was in front of it may still call it. */
+    while (atomic_load(&handler_steals) && waitpid(-1, NULL, WNOHANG) > 0)
         ;
     errno = saved_errno;
 }
@@ -42,6 +44,7 @@ void thief_save_sigchld(void)
 void thief_restore_sigchld(void);
 void thief_restore_sigchld(void)
 {
+    atomic_store(&handler_steals, 0);
     (void)sigaction(SIGCHLD, &saved, NULL);
 }
 
@@ -50,6 +53,7 @@ void thief_set_sigchld(int how)
 {
     struct sigaction action;
 
+    atomic_store(&handler_steals, how == REAP_ALL);
     (void)memset(&action, 0, sizeof action);
     action.sa_handler = how == IGNORE ? SIG_IGN : how == NOCLDWAIT ? SIG_DFL : reap_all;
     action.sa_flags = how == NOCLDWAIT ? SA_NOCLDWAIT : SA_RESTART;

@@ -1,0 +1,172 @@
+"""Children that churn while all goes on around them that a process can do to itself: python -m tests.stress --chaos."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import logging
+import random
+import resource
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import aiopidfd
+from aiopidfd._exit import LOST_RETURNCODE
+from aiopidfd._linux import can_recover_exit
+from aiopidfd._registries import registry_of
+
+from .chaos_lives import PATIENCE_S, Act, Held
+from .conftest import LoopFactory, children, open_descriptors
+from .mischief import Mischief
+from .seccomp import compile_c
+
+DESCRIPTORS = 1500  # enough for what lives at a time; few, so that they are quickly used up
+WARM_UP = 0.25  # of the time; what memory has grown to by then is not counted
+
+# What a run without a leak may be found grown by, for reasons of the allocators.
+TRACED_LIMIT = 256 << 10
+RESIDENT_LIMIT = 8 << 20
+
+
+class Chaos:
+    """One run: loop after loop until the time is up, and what was seen."""
+
+    def __init__(self, factory: LoopFactory, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.factory = factory
+        self.ender = str(compile_c("ender.c", "-O1", "-static"))
+        self.executor = ThreadPoolExecutor(4)
+        self.waiting_executor = ThreadPoolExecutor(4)  # of those who may have to wait for the others
+        self.mischief = Mischief(self.random.random(), self.ender)
+        self.recoverable = can_recover_exit()
+        self.sources: Counter[str] = Counter()
+        self.lives: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self.untellable = self.lost = self.wrong = self.hung = self.loops = self.refused = 0
+        self.left_open: dict[int, str] = {}
+        self.left_children: set[int] = set()
+        self.traced = self.resident = 0
+        self._lock = threading.Lock()
+
+    def run(self, seconds: float) -> None:
+        """Make loops for so long."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS, hard), hard))
+        self._act(0.1)  # what a process opens once and keeps is open now
+        started, descriptors = time.monotonic(), open_descriptors()
+        tracemalloc.start()
+        memory: tuple[int, int] | None = None
+        while (passed := time.monotonic() - started) < seconds:
+            if memory is None and passed >= seconds * WARM_UP:
+                memory = measure_memory()
+            self._act(min(2 + self.random.random() * 8, seconds * WARM_UP))
+        self._settle()
+        self.waiting_executor.shutdown()
+        self.executor.shutdown()
+        self.mischief.close()
+        traced, resident = measure_memory()
+        if memory is not None:
+            self.traced, self.resident = traced - memory[0], resident - memory[1]
+        self.left_open = {fd: what for fd, what in open_descriptors().items() if descriptors.get(fd) != what}
+        self.left_children = children()
+
+    def _act(self, seconds: float) -> None:
+        """One loop, from its making to its end, which some children outlive."""
+        loop = self.factory()
+        loop.set_exception_handler(lambda _, context: self.errors.append(repr(context)))
+        act = Act(self, loop, self.random.random(), time.monotonic() + seconds)
+        try:
+            loop.run_until_complete(act.run())
+        finally:
+            loop.close()
+        self.loops += 1
+        if self.random.random() < 0.5:
+            self.mischief.reset_handler()
+        act.release()
+
+    def _settle(self) -> None:
+        """See to it that nobody is left but those of whom the library does not know: a new loop is all that it takes."""
+        deadline = time.monotonic() + PATIENCE_S
+        while children() and time.monotonic() < deadline:
+            loop = self.factory()
+            loop.run_until_complete(asyncio.sleep(0.1))
+            registry_of(loop)
+            loop.close()
+
+    def told(self, child: Held, returncode: int | None, source: str) -> None:
+        """Take down what was told of a child. From any thread."""
+        with self._lock:
+            self.sources[source] += 1
+            if source == "lost":
+                self.wrong += returncode != LOST_RETURNCODE
+                can_be_told = child.by_pidfd and self.recoverable
+                if can_be_told or not self.mischief.may_have_stolen(child.mark):
+                    self.lost += 1
+                else:
+                    self.untellable += 1
+            else:
+                self.wrong += returncode not in child.may_be
+
+    def count(self, **figures: int) -> None:
+        """Add to these figures. From any thread."""
+        with self._lock:
+            for name, number in figures.items():
+                setattr(self, name, getattr(self, name) + number)
+
+    def is_broken(self) -> bool:
+        """Return whether a promise was."""
+        numbers = (self.lost, self.wrong, self.hung, self.left_open, self.left_children, self.errors)
+        return any(numbers) or self.traced > TRACED_LIMIT or self.resident > RESIDENT_LIMIT
+
+    def report(self) -> str:
+        """All the figures."""
+        sources = ", ".join(f"{count} {source}" for source, count in sorted(self.sources.items()))
+        return "\n".join(
+            [
+                f"loops {self.loops}",
+                f"lives {sum(self.lives.values())} ({counted(self.lives)})",
+                f"mischief {sum(self.mischief.done.values())} ({counted(self.mischief.done)})",
+                f"children {sum(self.sources.values())} ({sources})",
+                f"refused {self.refused}",
+                f"recovered {self.sources['recovered']}",
+                f"untellable {self.untellable}",
+                f"lost {self.lost}",
+                f"wrong {self.wrong}",
+                f"hung {self.hung}",
+                f"errors {len(self.errors)} {self.errors[:3] or ''}".rstrip(),
+                f"descriptors {len(self.left_open)} {self.left_open or ''}".rstrip(),
+                f"zombies {len(self.left_children)} {self.left_children or ''}".rstrip(),
+                f"traced {self.traced >> 10} KiB more than after {WARM_UP:.0%} of the time",
+                f"resident {self.resident >> 10} KiB more than then",
+            ]
+        )
+
+
+def counted(what: Counter[str]) -> str:
+    """Say how many of each."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(what.items()))
+
+
+def measure_memory() -> tuple[int, int]:
+    """Return what Python's allocator has given out, and what the process has, in bytes."""
+    gc.collect()
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        resident = int(statm.read().split()[1]) * resource.getpagesize()
+    return tracemalloc.get_traced_memory()[0], resident
+
+
+def run(kind: str, seconds: float, seed: int) -> int:
+    """Run for so long, print what was seen; return 1 if a promise was broken."""
+    # What is lost is counted; the log would be all that there is to read.
+    logging.getLogger("aiopidfd").addHandler(logging.NullHandler())
+    factory: LoopFactory = aiopidfd.SelectorEventLoop if kind == "asyncio" else aiopidfd.UvloopEventLoop
+    faulthandler.dump_traceback_later(seconds + 4 * PATIENCE_S, exit=True)
+    chaos = Chaos(factory, seed)
+    chaos.run(seconds)
+    print(chaos.report(), flush=True)
+    return 1 if chaos.is_broken() else 0

@@ -1,0 +1,176 @@
+"""What else goes on in a process that has children: others steal statuses, replace SIGCHLD handlers, use up descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+
+from .seccomp import compile_c
+
+_IGNORE, _NOCLDWAIT, _REAP_ALL = range(3)  # of thief.c
+_CHAINING, _NOT_CHAINING = 0, 2  # of handlers.c; one of each, since two that chain may come to call each other for ever
+
+Kinds = dict[str, Callable[[], AbstractAsyncContextManager[None]]]
+
+
+class Mischief:
+    """Three who do one thing after another, each for a moment, while the loop runs on."""
+
+    def __init__(self, seed: float, ender: str) -> None:
+        self.random = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        self._executor = ThreadPoolExecutor(1)
+        self._ender = ender
+        self._thief = ctypes.CDLL(str(compile_c("thief.c", "-O1", "-shared", "-fPIC", "-pthread")))
+        self._handlers = ctypes.CDLL(str(compile_c("handlers.c", "-O1", "-shared", "-fPIC", "-pthread")))
+        self._thefts = 0
+        self._thieves = 0
+        self._python_steals = False
+        # By how long each of them rests; a thief who never does would leave nothing to be told by SIGCHLD.
+        self._kinds: dict[float, Kinds] = {
+            0.5: {"no descriptors": self._no_descriptors},
+            3.0: {"thief in a thread": self._thread},
+            0.2: {
+                "thief in a C handler": lambda: self._stealing_by_signal(_REAP_ALL),
+                "SIGCHLD ignored": lambda: self._stealing_by_signal(_IGNORE),
+                "SA_NOCLDWAIT": lambda: self._stealing_by_signal(_NOCLDWAIT),
+                "thief in a Python handler": self._python_thief,
+                "Python handler": self._python_handler,
+                "handler that chains": lambda: self._handler(_CHAINING),
+                "handler that does not": lambda: self._handler(_NOT_CHAINING),
+                "SIGCHLD at its default": self._default,
+            },
+        }
+
+    def mark(self) -> int:
+        """What to ask `may_have_stolen` with about a child that is made now."""
+        return -1 if self._thieves else self._thefts
+
+    def may_have_stolen(self, mark: int) -> bool:
+        """Return whether there was a thief at any time since the mark."""
+        return self._thieves > 0 or self._thefts != mark
+
+    async def run(self, deadline: float) -> None:
+        """Be up to something until then."""
+        await asyncio.gather(*[self._run(kinds, rest_s, deadline) for rest_s, kinds in self._kinds.items()])
+
+    async def _run(self, kinds: Kinds, rest_s: float, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            kind = self.random.choice(list(kinds))
+            async with kinds[kind]():
+                self.done[kind] += 1
+                for _ in range(self.random.randrange(1, 6)):  # rounds of the loop, however long they take
+                    await asyncio.sleep(self.random.random() * 0.02)
+            await asyncio.sleep(self.random.random() * rest_s)
+
+    def close(self) -> None:
+        """End the helper thread."""
+        self._executor.shutdown()
+
+    def reset_handler(self) -> None:
+        """Set SIGCHLD to its default, whoever handles it."""
+        self._handlers.set_default(0)
+
+    @contextlib.contextmanager
+    def _theft(self) -> Iterator[None]:
+        self._thefts += 1
+        self._thieves += 1
+        try:
+            yield
+        finally:
+            self._thieves -= 1
+
+    @contextlib.contextmanager
+    def _handler_put_back(self) -> Iterator[None]:
+        # Behind Python's back: its own table keeps its handler, for whoever has come to call it in a chain.
+        self._thief.thief_save_sigchld()
+        try:
+            yield
+        finally:
+            self._thief.thief_restore_sigchld()
+
+    @contextlib.asynccontextmanager
+    async def _thread(self) -> AsyncIterator[None]:
+        with self._theft():
+            if self._thief.thief_start() != 0:
+                raise RuntimeError("the hostile thread cannot be started")
+            try:
+                yield
+            finally:
+                stopping = asyncio.get_running_loop().run_in_executor(self._executor, self._thief.thief_stop)
+                while not stopping.done():  # it may wait for a child to end
+                    self._give_it_one()
+                    await asyncio.sleep(0.002)
+
+    def _give_it_one(self) -> None:
+        decoy = os.posix_spawn(self._ender, ["ender"], {}, file_actions=[(os.POSIX_SPAWN_CLOSE, 0)])
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(decoy, 0)
+
+    @contextlib.asynccontextmanager
+    async def _stealing_by_signal(self, how: int) -> AsyncIterator[None]:
+        with self._theft(), self._handler_put_back():
+            self._thief.thief_set_sigchld(how)
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _python_thief(self) -> AsyncIterator[None]:
+        with self._theft():
+            self._python_steals = True
+            try:
+                async with self._python_handler():
+                    yield
+            finally:
+                self._python_steals = False
+
+    @contextlib.asynccontextmanager
+    async def _python_handler(self) -> AsyncIterator[None]:
+        with self._handler_put_back():
+            signal.signal(signal.SIGCHLD, self._handle)
+            yield
+
+    def _handle(self, *_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while self._python_steals and os.waitpid(-1, os.WNOHANG)[0] > 0:
+                pass
+
+    @contextlib.asynccontextmanager
+    async def _handler(self, which: int) -> AsyncIterator[None]:
+        with self._handler_put_back():
+            self._handlers.install_handler(which)
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _default(self) -> AsyncIterator[None]:
+        with self._handler_put_back():
+            self.reset_handler()
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _no_descriptors(self) -> AsyncIterator[None]:
+        held = []
+        try:
+            with contextlib.suppress(OSError):  # EMFILE
+                while True:
+                    held.append(os.dup(0))
+            for _ in range(min(len(held), self.random.randrange(4))):  # what needs more than one gets no further than that
+                os.close(held.pop())
+            yield
+        finally:
+            for fd in held:
+                os.close(fd)
+
+
+def is_out_of_descriptors(exc: OSError) -> bool:
+    """Return whether that is why something could not be done."""
+    return exc.errno in (errno.EMFILE, errno.ENFILE)

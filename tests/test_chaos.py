@@ -1,0 +1,25 @@
+"""A short run of the chaos on every loop and backend: no promise is broken."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import BACKENDS, LOOPS
+from .seccomp import compile_c
+from .test_stress import stress
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", LOOPS)
+def test_chaos_breaks_no_promise(kind: str, backend: str) -> None:
+    compile_c("thief.c", "-O1", "-shared", "-fPIC", "-pthread")  # skips where it cannot be
+    run = stress("--chaos", "--seconds", "4", "--seed", "3", "--loop", kind, "--backend", backend)
+    assert run.returncode == 0, run.stdout + run.stderr
+    figures = dict(line.split(maxsplit=1) for line in run.stdout.splitlines()[1:])
+    assert [figures[name] for name in ("lost", "wrong", "hung", "errors", "descriptors", "zombies")] == ["0"] * 6
+    assert int(figures["children"].split()[0]) >= 50  # a busy machine starts few
+    assert int(figures["mischief"].split()[0]) > 0
+
+
+def test_chaos_takes_no_other_hostility() -> None:
+    assert stress("--chaos", "--hostile").returncode == 2
