@@ -24,7 +24,7 @@ from aiopidfd._linux import describe_sigchld
 from aiopidfd._process import PosixChildProcess
 from aiopidfd._registries import registry_of
 
-from .children import Held, await_zombie, held, one_held
+from .children import Held, Stranger, await_zombie, held, one_held
 from .conftest import LoopFactory, run_on
 from .seccomp import compile_c
 
@@ -277,6 +277,55 @@ async def test_reaping_handler_that_replaced_ours_delays_by_one_check() -> None:
         assert (status.returncode, status.source) == (255, "lost")
     os.close(read)
     os.close(write)
+
+
+# Checks that cannot be made
+
+
+async def test_checks_go_on_while_there_are_no_descriptors() -> None:
+    """To look at a stranger takes one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with one_held() as one, Stranger() as stranger:
+        waiting = await watch_one(one)
+        for_stranger = asyncio.ensure_future(wait(stranger.pid))
+        await asyncio.sleep(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            await asyncio.sleep(FOUND_BY_CHECK_S)  # a check, at least
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that only another one can find it
+            one.end(3)
+            status = await asyncio.wait_for(waiting, FOUND_BY_CHECK_S)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert (status.returncode, status.source) == (3, "reaped")
+        assert not for_stranger.done()
+        stranger.tell("end")
+        stranger.tell("reap")
+        status = await asyncio.wait_for(for_stranger, FOUND_BY_CHECK_S)
+        assert (status.returncode, status.source) == (None, "not-child")
+
+
+def test_interrupt_of_a_check_ends_no_checks(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KeyboardInterrupt leaves run_forever; when the loop runs again, so do the checks."""
+    check = _sigchld.SigchldBackend.check
+
+    def interrupted(self: _sigchld.SigchldBackend) -> None:
+        monkeypatch.setattr(_sigchld.SigchldBackend, "check", check)
+        raise KeyboardInterrupt
+
+    async def main() -> ExitStatus:
+        return await asyncio.wait_for(waiting, FOUND_BY_CHECK_S)
+
+    loop = loop_factory()
+    with one_held() as one:
+        waiting = loop.run_until_complete(watch_one(one))
+        monkeypatch.setattr(_sigchld.SigchldBackend, "check", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.sleep(FOUND_BY_CHECK_S))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        one.end(3)
+        assert loop.run_until_complete(main()).returncode == 3
+    loop.close()
 
 
 # SIGCHLD ignored

@@ -304,10 +304,11 @@ class Registry:
         with self._lock:
             if self.closed or self._sigchld is None:
                 return
-            self._note(self._sigchld.check())
             self._checking = not self._sigchld.is_idle()
-            if self._checking:
-                self._check_later()
+            if not self._checking:
+                return
+            self._check_later()  # first: an interrupt of this check must not be the end of all of them
+            self._note(self._sigchld.check())
         self.collect()
 
     def _exit_status(self, child: Child, status: int, source: int, rusage: bytes) -> ExitStatus:

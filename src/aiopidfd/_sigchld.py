@@ -165,7 +165,13 @@ class SigchldBackend(Backend):
             with _lock:
                 _install(anew=False)
         for pid, started in tuple(self._strangers.items()):
-            if _start_time(pid) != started:
+            try:
+                is_there = _start_time(pid) == started
+            except OSError as exc:
+                if exc.errno not in _linux.OUT_OF_DESCRIPTORS:
+                    raise
+                break  # the next check may know; ours need no descriptor
+            if not is_there:
                 del self._strangers[pid]
                 yield pid, -1, 0, _linux.SOURCE_LOST, b""
         yield from self.reap(scan=True)
@@ -203,7 +209,10 @@ def _signal_unreaped(pid: int, kill: Callable[[int, int], None], target: int, si
 
 
 def _start_time(pid: int) -> bytes | None:
-    """Return when the process was started, which tells it from a later one of the same pid; None if it has ended."""
+    """Return when the process was started, which tells it from a later one of the same pid; None if it has ended.
+
+    OSError: EMFILE, ENFILE: out of descriptors.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
