@@ -138,15 +138,16 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
 
 def _start(server: Server, fds: list[int]) -> Callable[[], object]:
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
-    server.wire.close()
+    os.close(server.wire.detach())
     gate = _Gate(fds[0])
     manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
-    numbers = struct.unpack(f"={count}i", gate.read(4 * count))
+    numbers = struct.unpack(f"={count}i", gate.read(4 * count)) if count else ()
     body = gate.read(body_size)
-    gate.fd = _move_out_of(numbers, gate.fd)
     options = Options("manual" if manual else "auto", session, None if group < 0 else group, pdeathsig or None)
     try:
-        _renumber(fds[1:], numbers)
+        if numbers:
+            gate.fd = _move_out_of(numbers, gate.fd)
+            _renumber(fds[1:], numbers)
         _child.settle(options, server.parent_pid, gate.fd, server.mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
