@@ -77,6 +77,14 @@ def obey(orders: int) -> int:
     return 99
 
 
+def undebugged_environment() -> dict[str, str]:
+    """This process's environment without asyncio's debug mode, for a program whose system calls or output are compared.
+
+    In debug mode a callback that takes long, as any may on a busy machine, is logged, and source files are looked at for it.
+    """
+    return {**os.environ, "PYTHONASYNCIODEBUG": "", "PYTHONDEVMODE": ""}
+
+
 def await_zombie(pid: int) -> None:
     """Return once the child has ended; leave it unreaped."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)

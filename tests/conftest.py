@@ -84,6 +84,7 @@ def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 60.0) -> Any
     loop = loop_factory()
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: errors.append(context))
+    loop.slow_callback_duration = TEST_TIMEOUT_S  # debug mode logs what is slower, and on a busy machine anything may be
     try:
         result = loop.run_until_complete(asyncio.wait_for(main, timeout_s))
         loop.run_until_complete(loop.shutdown_asyncgens())

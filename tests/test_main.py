@@ -22,6 +22,8 @@ from aiopidfd import _linux
 from aiopidfd.__main__ import main
 from aiopidfd._features import features
 
+from .children import undebugged_environment
+
 TIMEOUT_S = 60.0
 
 ALL_SEEN = re.compile(r"exits: (\d+) seen of \1, 0 lost")
@@ -55,6 +57,7 @@ def demo(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "aiopidfd
     process = subprocess.Popen(
         [sys.executable, *program, "demo", *arguments],
         cwd=cwd,
+        env=undebugged_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

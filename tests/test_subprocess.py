@@ -30,7 +30,7 @@ from aiopidfd._registry import Registry
 from aiopidfd._subprocess import SubprocessTransport
 
 from . import conftest
-from .children import await_zombie
+from .children import await_zombie, undebugged_environment
 from .conftest import LoopFactory, open_descriptors, run_on
 
 try:
@@ -968,6 +968,7 @@ def run_python(script: str, *arguments: str, options: tuple[str, ...] = ("-W", "
     """Run a script in a process of its own, which must succeed; return what it prints, and what it says on stderr."""
     done = subprocess.run(
         [sys.executable, *options, "-c", LOOPS_BY_NAME + textwrap.dedent(script), *arguments],
+        env=undebugged_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
