@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Signals that kill, of every kind: with and without a core, and real-time ones.
 DEADLY = [1, 2, 3, 4, 6, 8, 9, 10, 11, 13, 14, 15, 31, 34, 50, 64]
@@ -83,6 +84,18 @@ def undebugged_environment() -> dict[str, str]:
     In debug mode a callback that takes long, as any may on a busy machine, is logged, and source files are looked at for it.
     """
     return {**os.environ, "PYTHONASYNCIODEBUG": "", "PYTHONDEVMODE": ""}
+
+
+def session_members(sid: int) -> list[int]:
+    """The processes of a session, zombies among them."""
+    pids = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+                if int(fields[3]) == sid:
+                    pids.append(int(entry))
+    return pids
 
 
 def await_zombie(pid: int) -> None:

@@ -22,7 +22,7 @@ from aiopidfd import _linux
 from aiopidfd.__main__ import main
 from aiopidfd._features import features
 
-from .children import undebugged_environment
+from .children import session_members, undebugged_environment
 
 TIMEOUT_S = 60.0
 
@@ -35,18 +35,6 @@ EXIT_LINE = re.compile(
 def ends(output: str, name: str) -> list[str]:
     """What ended the processes of that name, in order."""
     return [found["end"] for found in EXIT_LINE.finditer(output) if found["name"] == name]
-
-
-def session_members(sid: int) -> list[int]:
-    """The processes of a session, zombies among them."""
-    pids = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-                if int(fields[3]) == sid:
-                    pids.append(int(entry))
-    return pids
 
 
 @contextlib.contextmanager
