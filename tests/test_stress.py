@@ -14,11 +14,11 @@ from .conftest import BACKENDS, LOOPS
 from .seccomp import compile_c
 
 
-def stress(*options: str) -> subprocess.CompletedProcess[str]:
+def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
     compile_c("ender.c", "-O1", "-static")  # skips where it cannot be
     return subprocess.run(
-        [sys.executable, "-m", "tests.stress", *options],
+        [sys.executable, "-m", module, *options],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -74,3 +74,10 @@ def test_same_seed_gives_the_same_ends_and_the_number_is_kept() -> None:
 )
 def test_what_cannot_be_promised_is_refused(options: list[str]) -> None:
     assert stress(*options).returncode == 2
+
+
+@pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
+@pytest.mark.parametrize("kind", LOOPS)
+def test_fork_server_loses_nothing_to_thieves_threads_and_its_own_death(kind: str) -> None:
+    run = stress("--workers", "200", "--deaths", "2", "--loop", kind, module="tests.stress_forkserver")
+    assert run.returncode == 0, run.stdout + run.stderr
