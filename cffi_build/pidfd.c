@@ -36,6 +36,13 @@ _Static_assert(sizeof(struct pidfd_info_v0) == 64, "the size is a part of the io
 #define GET_INFO_V0 _IOWR(0xFF, 11, struct pidfd_info_v0)
 #define INFO_EXIT ((uint64_t)1 << 3)
 
+/* What ioctl takes as its request: glibc and the kernel have it unsigned, musl has it as POSIX does. */
+#ifdef __GLIBC__
+typedef unsigned long ioctl_request;
+#else
+typedef int ioctl_request;
+#endif
+
 int ap_pidfd_open(int pid)
 {
     long fd = syscall(SYS_pidfd_open, pid, 0);
@@ -70,13 +77,13 @@ int ap_pidfd_send_signal(int pidfd, int signal, unsigned int flags)
 int ap_pidfd_get_exit(int pidfd, int *ret_status)
 {
     struct pidfd_info_v0 info = {.mask = INFO_EXIT};
-    int failed = ioctl(pidfd, GET_INFO_V0, &info) < 0;
+    int failed = ioctl(pidfd, (ioctl_request)GET_INFO_V0, &info) < 0;
 
     if (failed && errno == ESRCH) {
         /* Linux looks for the exit first, and for the process after that: reaped in between, there is neither (seen on 6.18,
          * once in 10,000 stolen children). Gone it is, so that now the exit is there, if this kernel keeps it at all. */
         info.mask = INFO_EXIT;
-        failed = ioctl(pidfd, GET_INFO_V0, &info) < 0;
+        failed = ioctl(pidfd, (ioctl_request)GET_INFO_V0, &info) < 0;
     }
     if (failed)
         return -errno;

@@ -10,15 +10,5 @@
 extern int too_early;
 int too_early;
 
-static int ioctl_too_early(int fd, unsigned long request, void *argument)
-{
-    if (too_early > 0) {
-        too_early--;
-        errno = ESRCH;
-        return -1;
-    }
-    return ioctl(fd, request, argument);
-}
-
-#define ioctl ioctl_too_early
+#define ioctl(fd, request, argument) (too_early > 0 ? (too_early--, errno = ESRCH, -1) : ioctl(fd, request, argument))
 #include "../cffi_build/pidfd.c"
