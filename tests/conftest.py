@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import aiopidfd
 from aiopidfd import _backend, _linux
 
 try:
@@ -48,6 +49,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def loop_factory(request: pytest.FixtureRequest) -> LoopFactory:
     """What makes a new loop of the kind under test."""
     return _loop_factory(request.param)
+
+
+@pytest.fixture(params=LOOPS)
+def loop_class(request: pytest.FixtureRequest) -> Any:
+    """Each of our loop classes."""
+    return aiopidfd.UvloopEventLoop if request.param == "uvloop" else aiopidfd.SelectorEventLoop
 
 
 @pytest.fixture
