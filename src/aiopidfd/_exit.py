@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import struct
+from os import waitstatus_to_exitcode
 from resource import struct_rusage
 from typing import Final, Literal
 
@@ -38,12 +38,14 @@ class ExitStatus:
         self.core_dumped = status & 0x80 != 0
         self._rusage = rusage
         self.returncode: int | None
-        if source == "lost":
+        if source == "reaped":  # first, as nearly all are
+            self.returncode = waitstatus_to_exitcode(status)
+        elif source == "lost":
             self.returncode = LOST_RETURNCODE
         elif source == "not-child":
             self.returncode = None
         else:
-            self.returncode = os.waitstatus_to_exitcode(status)
+            self.returncode = waitstatus_to_exitcode(status)
 
     @property
     def rusage(self) -> struct_rusage | None:

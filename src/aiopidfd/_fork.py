@@ -234,10 +234,21 @@ async def _wait_ready(loop: asyncio.AbstractEventLoop, child: AbstractChildProce
         if not said.done():
             said.set_result(bool(word))
 
+    def hear_end(_: object) -> None:
+        if not said.done():
+            read()  # it may have said that it is ready, just before
+        if not said.done():
+            said.set_result(False)
+
+    end = child._end.future
+    end.add_done_callback(hear_end)
     loop.add_reader(gate.fileno(), read)
     try:
+        if await said:
+            return
         status = await await_ready(child, said)
     finally:
+        end.remove_done_callback(hear_end)
         loop.remove_reader(gate.fileno())
     if status is not None:
         raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)

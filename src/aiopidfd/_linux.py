@@ -17,7 +17,8 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
@@ -156,7 +157,7 @@ class Batch:
 class Reaper:
     """One epoll descriptor that holds many pidfds. The C contract is in cffi_build/reaper.h."""
 
-    __slots__ = ("_batch", "_fd", "keep_open", "release")
+    __slots__ = ("_batch", "_fd", "keep_open", "release", "try_add")
 
     def __init__(self) -> None:
         """Open it. EMFILE, ENFILE: out of descriptors."""
@@ -164,6 +165,8 @@ class Reaper:
         if fd < 0:
             raise error(-fd, "epoll_create1()")
         self._fd = fd
+        # Does what `add` does, and returns minus the errno where that raises. No method, whose call costs as much again.
+        self.try_add: Callable[[int, int], int] = partial(lib.ap_reaper_add, fd)
         self._batch = Batch()
         self.keep_open, self.release = self._batch.keep_open, self._batch.release
 
@@ -177,10 +180,6 @@ class Reaper:
         if pidfd < 0:
             raise error(-pidfd, f"cannot watch pid {pid}")
         return pidfd
-
-    def try_add(self, pid: int, flags: int) -> int:
-        """Do what `add` does; return minus the errno where that raises."""
-        return lib.ap_reaper_add(self._fd, pid, flags)
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> None:
         """Hold an open pidfd. EEXIST: held already; EBADF, EPERM: not a pidfd."""
