@@ -24,6 +24,9 @@ from aiopidfd import afork, notify_ready, wait
 from .children import one_held
 from .conftest import LoopFactory, open_descriptors, run_on
 
+# To CPython, io_uring's workers are threads, and uvloop has one now and then: _linux.count_threads.
+beside_uring_worker = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+
 
 async def ask(look: Callable[[], Any]) -> Any:
     """Run `look` in an aforked child and return what it returned, by way of JSON."""
@@ -131,6 +134,7 @@ async def test_inherited_epolls_and_pidfds_are_gone() -> None:
         aiopidfd.PidfdWatcher().close()
 
 
+@beside_uring_worker
 async def test_plain_fork_holds_no_pidfd_of_ours_and_disturbs_nothing() -> None:
     with one_held() as watched:
         waiting = asyncio.ensure_future(wait(watched.pid))
@@ -149,6 +153,7 @@ async def test_plain_fork_holds_no_pidfd_of_ours_and_disturbs_nothing() -> None:
         assert (await waiting).returncode == 3
 
 
+@beside_uring_worker
 async def test_multiprocessing_disturbs_nothing() -> None:
     with one_held() as watched:
         waiting = asyncio.ensure_future(wait(watched.pid))

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -489,6 +490,49 @@ async def test_fork_beside_threads_warns_once_from_the_callers_line() -> None:
     thread.join()
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+def names_of_threads() -> list[str]:
+    names = []
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{thread}/comm") as comm:
+            names.append(comm.read())
+    return names
+
+
+def nest_epolls() -> None:
+    """Hold, most of the time, the one lock that the kernel takes to put an epoll into an epoll."""
+    wide, *narrow = [select.epoll() for _ in range(300)]
+    for epoll in narrow:
+        wide.register(epoll)
+    top = select.epoll()
+    while True:
+        top.register(wide)
+        top.unregister(wide)
+
+
+def test_a_worker_of_io_uring_is_no_thread() -> None:
+    """libuv changes its epoll by way of io_uring, which takes to a worker when a lock is not free at once."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def fork_beside_worker() -> None:
+        loop = asyncio.get_running_loop()
+        async with await afork(nest_epolls):
+            with select.epoll() as epoll:
+                deadline = loop.time() + 5
+                while not any(name.startswith("iou-wrk-") for name in names_of_threads()):
+                    if loop.time() > deadline:
+                        pytest.skip("5 s of trying have not made this uvloop and this kernel use a worker of io_uring")
+                    loop.add_reader(epoll.fileno(), print)
+                    await asyncio.sleep(0)
+                    loop.remove_reader(epoll.fileno())
+                    await asyncio.sleep(0)
+            assert _linux.count_threads() == 1
+            child = await afork(lambda: 3)  # with no warning, which would be an error here
+            assert await child.wait() == 3
+            assert any(name.startswith("iou-wrk-") for name in names_of_threads())
+
+    run_on(uvloop.new_event_loop, fork_beside_worker())
 
 
 async def test_at_interpreter_exit_a_running_child_causes_no_noise() -> None:

@@ -663,6 +663,7 @@ def test_asyncio_watcher_in_another_loop_and_ours_both_see_every_exit(
 # Forked children
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # uvloop has a worker of io_uring's now and then
 async def test_forked_child_has_the_handler_from_before_and_does_not_wake_its_parent(no_checks: None) -> None:
     loop = asyncio.get_running_loop()
     with one_held() as child:
