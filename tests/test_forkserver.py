@@ -91,8 +91,9 @@ def ignore_sigterm() -> None:
     wait_for_signal()
 
 
-def tell(fd: int, what: str) -> None:
-    """Write what a worker sees of itself."""
+def tell(pid: int, number: int, what: str) -> None:
+    """Write what a worker sees of itself into the pipe that the process `pid` has under that number."""
+    fd = os.open(f"/proc/{pid}/fd/{number}", os.O_WRONLY)
     os.write(fd, json.dumps(LOOKS[what](fd)).encode())
 
 
@@ -135,7 +136,7 @@ async def ask(server: ForkServer, what: str) -> Any:
     """Return what a worker of the server says of itself."""
     read, write = os.pipe()
     try:
-        async with await server.afork(tell, write, what, pass_fds=[write]):
+        async with await server.afork(tell, os.getpid(), write, what):
             return json.loads(await asyncio.get_running_loop().run_in_executor(None, os.read, read, 65536))
     finally:
         os.close(read)
@@ -147,6 +148,16 @@ async def fork_server(**options: Any) -> AsyncIterator[ForkServer]:
     """A server; where there can be none, what stands in for it."""
     async with ForkServer(fallback=True, **options) as server:
         yield server
+
+
+async def others(server: ForkServer) -> set[int]:
+    """The children of this process, without the worker that waits for an order."""
+    spare = None if server._link is None else server._link.spare
+    if spare is None:
+        return children()
+    worker = await asyncio.shield(spare.outcome)
+    assert isinstance(worker, AbstractChildProcess)
+    return children() - {worker.pid}
 
 
 def server_child(server: ForkServer) -> AbstractChildProcess:
@@ -264,7 +275,7 @@ async def test_worker_holds_no_socket_of_a_server_or_of_another_worker(pidfds: N
         seen = await ask(server, "descriptors")
         os.write(write, b"x")
         assert await (await starting).wait() == 0
-        assert len(ours) == 3  # two wires and a gate
+        assert len(ours) == 5  # two wires, the gates of the workers ahead, and one more
         assert not ours & set(seen)
         assert other.pid != server.pid
     os.close(read)
@@ -470,6 +481,49 @@ async def test_passed_descriptors_keep_their_numbers_whatever_those_are_in_the_s
             os.close(fd)
 
 
+async def test_worker_is_forked_before_anybody_asks_for_it(pidfds: None) -> None:
+    async with ForkServer() as server:
+        assert server._link is not None
+        for code in range(3):
+            ahead = await server._link.stock().outcome
+            assert isinstance(ahead, PidfdChildProcess)
+            worker = await server.afork(exit_with, code)
+            assert worker is ahead
+            assert await worker.wait() == code
+
+
+async def test_worker_is_not_disturbed_by_what_came_before_its_order(pidfds: None) -> None:
+    """As a Ctrl-C at the terminal does, which goes to all of its processes."""
+    async with ForkServer() as server:
+        assert server._link is not None
+        ahead = await server._link.stock().outcome
+        assert isinstance(ahead, PidfdChildProcess)
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
+            os.kill(ahead.pid, sig)
+        worker = await server.afork(exit_with, 5)
+        assert worker is ahead
+        assert await worker.wait() == 5
+
+
+async def test_worker_that_was_killed_before_its_order_is_replaced(pidfds: None) -> None:
+    async with ForkServer() as server:
+        assert server._link is not None
+        ahead = await server._link.stock().outcome
+        assert isinstance(ahead, PidfdChildProcess)
+        os.kill(ahead.pid, signal.SIGKILL)
+        await ahead.wait()
+        worker = await server.afork(exit_with, 6)
+        assert worker is not ahead
+        assert await worker.wait() == 6
+
+
+async def test_worker_without_an_order_ends_with_its_server(pidfds: None) -> None:
+    async with ForkServer() as server:
+        before = await others(server) - {server.pid}
+        await kill_server(server)
+    assert children() == before
+
+
 async def test_many_requests_at_once() -> None:
     async with fork_server() as server:
         codes = [number % 256 for number in range(200)]
@@ -481,7 +535,7 @@ async def test_many_requests_at_once() -> None:
 async def test_cancellation_ends_and_reaps_the_worker() -> None:
     read, write = os.pipe()
     async with fork_server() as server:
-        before = children()
+        before = await others(server)
         starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
         await asyncio.sleep(0.05)
         starting.cancel()
@@ -489,14 +543,14 @@ async def test_cancellation_ends_and_reaps_the_worker() -> None:
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        assert children() == before
+        assert await others(server) == before
     os.close(read)
     os.close(write)
 
 
 async def test_cancellation_at_any_moment_leaves_nothing(pidfds: None) -> None:
     async with ForkServer() as server:
-        before = children()
+        before = await others(server)
         for rounds in range(60):
             starting = asyncio.ensure_future(server.afork(wait_for_signal))
             for _ in range(rounds % 6):
@@ -504,28 +558,29 @@ async def test_cancellation_at_any_moment_leaves_nothing(pidfds: None) -> None:
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await (await starting).stop()
-        assert children() == before
+        assert await others(server) == before
 
 
 async def test_timeout_around_afork() -> None:
     async with fork_server() as server:
-        before = children()
+        before = await others(server)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(server.afork(wait_for_signal, ready="manual"), 0.05)
-        assert children() == before
+        assert await others(server) == before
 
 
 async def test_cancellation_while_the_server_is_stopped_does_not_hang(pidfds: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_forkserver_request, "REPLY_S", 0.05)
     async with ForkServer() as server:
-        before = children()
+        before = await others(server)
         assert server.pid is not None
         os.kill(server.pid, signal.SIGSTOP)
+        assert await (await server.afork(exit_with, 2)).wait() == 2  # by the worker that is there already
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(server.afork(wait_for_signal), 0.05)
         os.kill(server.pid, signal.SIGCONT)
         assert await (await server.afork(exit_with, 3)).wait() == 3  # and the other one was made before it
-        while children() != before:
+        while await others(server) != before:
             await asyncio.sleep(0.01)
 
 
@@ -553,7 +608,7 @@ async def test_server_killed_amid_many_requests_loses_no_worker(pidfds: None) ->
     """Each request gives a child that is watched, or an error; and there is no zombie."""
     for served in (0, 1, 3, 10):
         async with ForkServer() as server:
-            before = children() - {server.pid}
+            before = await others(server) - {server.pid}
             assert server.pid is not None
             starting = [asyncio.ensure_future(server.afork(exit_with, number)) for number in range(served)]
             await asyncio.gather(*starting)
@@ -591,9 +646,10 @@ async def test_worker_whose_server_died_before_it_could_reply_is_found(
 
         socket_recv_fds = socket.recv_fds
         monkeypatch.setattr(socket, "recv_fds", swallow)
+        assert await (await server.afork(exit_with, 10)).wait() == 10  # of whom we know since the start
         starting = asyncio.ensure_future(server.afork(exit_with, 11))
         manual = asyncio.ensure_future(server.afork(ignore_sigterm, ready="manual"))
-        while len(replies) < 2:
+        while len(replies) < 3:  # the third is of a worker without an order
             await asyncio.sleep(0.01)
         assert wire.fileno() >= 0
         assert not starting.done()
@@ -608,11 +664,14 @@ async def test_reply_without_a_pidfd_gives_a_worker_all_the_same(pidfds: None, c
     """At the limit of descriptors the kernel drops the pidfd on its way (MSG_CTRUNC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with ForkServer() as server:
-        await (await server.afork(exit_with, 0)).wait()
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        await (await server.afork(exit_with, 0)).wait()  # by the worker that is there already
         starting = asyncio.ensure_future(server.afork(exit_with, 21))
         await asyncio.sleep(0)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
+            os.kill(server.pid, signal.SIGCONT)
             child = await starting
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -627,6 +686,7 @@ async def test_no_descriptor_for_a_request_is_an_error_and_harms_no_other(pidfds
         await (await server.afork(exit_with, 0)).wait()
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
+            await (await server.afork(exit_with, 0)).wait()  # by the worker that is there already
             with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
                 await server.afork(exit_with, 0)
         finally:
@@ -640,6 +700,7 @@ async def test_server_without_room_for_descriptors_says_so(pidfds: None) -> None
         assert server.pid is not None
         soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (3, hard))
+        await (await server.afork(exit_with, 0)).wait()  # by the worker that is there already
         with pytest.raises(OSError, match="descriptors") as caught:
             await server.afork(exit_with, 0)
         assert caught.value.errno == errno.EMFILE

@@ -42,6 +42,9 @@ class ForkServer:
     one thread, that also makes workers that nobody else can reap. "spawn" makes it a fresh interpreter, which takes longer,
     and is as small and as safe whenever it is started.
 
+    One worker is forked ahead of its order: it is an idle process more, and what comes next need not wait for a fork.
+    `pass_fds` does, since descriptors go by way of the server.
+
     The server ends with this object, at the latest with this process. Workers live on; the server may be killed, too.
     """
 
@@ -165,9 +168,12 @@ class ForkServer:
         has_main = self._method == "fork" or "__main__" in self._preload
         body = pickle_call(child_func, args, has_main=has_main)
         link = await self._live_link(loop)
-        request = Request(loop, body, options, fds, self._remember)
+        request = link.take() if not fds else Request(loop, fds)
         try:
-            link.submit(request)
+            request.order(body, options, self._remember)
+            if fds:
+                link.submit(request)
+            link.stock()
             return await request.wait()
         except BaseException:
             await request.abandon()
@@ -193,6 +199,7 @@ class ForkServer:
                 _fork.kill(server)
                 link.lose(reason)
             await _fork.end_unready(server)
+            await link.drop_spare()
         if stop_workers and self._loop is not None:
             await self._stop_workers(self._loop, grace)
 
@@ -225,6 +232,7 @@ class ForkServer:
             async with self._lock:
                 self._check_usable(loop)
                 if self._link.lost is not None:
+                    await self._link.drop_spare()
                     await self._start(loop, stacklevel=7)
         return self._link
 
@@ -253,28 +261,41 @@ class ForkServer:
 
 
 async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
-    """Wait until the server says that it can fork; return why it cannot. ChildStartError: it has ended."""
+    """Wait until the server has forked a worker; return why it cannot. ChildStartError: it has ended."""
     server.detach()
 
     def lose(end: asyncio.Future[ExitStatus]) -> None:
         link.lose(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
 
     server._end.future.add_done_callback(lose)
+    failure: OSError | str | None = "cancelled"
     try:
-        outcome = await asyncio.shield(link.greeting)
-        if isinstance(outcome, AbstractChildProcess):
-            await asyncio.wait([outcome._end.future])
-            return None
-        status = await asyncio.shield(server._end.future)
-    except BaseException:
-        await _fork.end_unready(server)
-        raise
-    if isinstance(outcome, OSError) and outcome.errno in _REFUSED:
-        return outcome
-    if isinstance(outcome, OSError) and outcome.errno != errno.ECONNRESET:
-        raise outcome
-    text = f"\n{outcome}" if isinstance(outcome, str) else ""
+        failure = await _hear_greeting(server, link)
+    finally:
+        if failure is not None:
+            await _fork.end_unready(server)
+            await link.drop_spare()
+    if failure is None or (isinstance(failure, OSError) and failure.errno in _REFUSED):
+        return failure
+    if isinstance(failure, OSError) and failure.errno != errno.ECONNRESET:
+        raise failure
+    status = server._end.future.result()
+    text = f"\n{failure}" if isinstance(failure, str) else ""
     raise ChildStartError(f"the fork server ended before it was ready: {status!r}{text}", status)
+
+
+async def _hear_greeting(server: AbstractChildProcess, link: Link) -> OSError | str | None:
+    """Return why the server cannot fork, as an error or as its own traceback; None if it can."""
+    failure = await asyncio.shield(link.greeting)
+    if failure == "":
+        try:
+            made = await asyncio.shield(link.stock().outcome)
+        except OSError as exc:
+            return exc
+        return made if isinstance(made, OSError) else None
+    if isinstance(failure, str):
+        await asyncio.shield(server._end.future)
+    return failure
 
 
 def _check_fds(pass_fds: Iterable[int]) -> tuple[int, ...]:

@@ -10,8 +10,7 @@ from collections import deque
 
 from . import _fork
 from ._forkserver_main import REPLY
-from ._forkserver_request import Outcome, Request, bind_worker
-from ._process import AbstractChildProcess
+from ._forkserver_request import Request
 
 # How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
 # with their replies, fit into the sockets' buffers, so that neither side ever waits for the other to read.
@@ -31,18 +30,55 @@ class Link:
         self._in_flight: dict[int, Request] = {}
         self._number = 0
         self._at_end = False
+        self.spare: Request | None = None
         self.closing = False
         self.lost: OSError | None = None
-        self.greeting: asyncio.Future[Outcome] = loop.create_future()
+        self.greeting: asyncio.Future[str | OSError] = loop.create_future()  # what the server tells at its start
         wire.setblocking(False)
         loop.add_reader(wire.fileno(), self._read)
 
+    def take(self) -> Request:
+        """Return a request that waits for its order: one whose worker is there already, if it can be."""
+        self._check_open()
+        spare, self.spare = self.spare, None
+        if spare is not None:
+            if not spare.is_spoiled:
+                return spare
+            spare.close()
+        spare = Request(self._loop)
+        self.submit(spare)
+        return spare
+
+    def stock(self) -> Request:
+        """Have a worker forked for whoever comes next, while those that have come start theirs."""
+        if self.spare is None:
+            self.spare = Request(self._loop)
+            self.submit(self.spare)
+        return self.spare
+
+    def _dismiss_spare(self) -> None:
+        if self.spare is not None:
+            self.spare.dismiss()
+            self.spare.close()
+
+    async def drop_spare(self) -> None:
+        """End the worker that nobody has ordered anything of, and reap it."""
+        spare, self.spare = self.spare, None
+        if spare is not None:
+            await spare.abandon()
+            spare.close()
+
     def submit(self, request: Request) -> None:
         """Send the request as soon as there is room. Its `outcome` tells how it went."""
-        if self.lost is not None:
-            raise self.lost
+        self._check_open()
         self._unsent.append(request)
         self._send()
+
+    def _check_open(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+        if self.closing:
+            raise OSError(errno.ESHUTDOWN, "the fork server is being closed")
 
     def _send(self) -> None:
         while self._unsent and len(self._in_flight) < WINDOW and self.lost is None:
@@ -89,11 +125,6 @@ class Link:
         pidfd = fds[0] if fds else -1
         if number:
             self._in_flight.pop(number).bind(pid, pidfd, code)
-        elif pid or code:
-            trial = bind_worker(self._loop, pid, pidfd, code, None)
-            if isinstance(trial, AbstractChildProcess):
-                trial.detach()
-            self.greeting.set_result(trial)
         else:
             self.greeting.set_result(reply[REPLY.size :].decode(errors="replace"))
         return True
@@ -101,6 +132,7 @@ class Link:
     def finish(self) -> None:
         """Send no more requests: the server ends when it has done what it has got."""
         self.closing = True
+        self._dismiss_spare()
         while self._unsent:
             self._unsent.popleft().settle(OSError(errno.ESHUTDOWN, "the fork server is being closed"))
         with contextlib.suppress(OSError):  # ENOTCONN: it has ended already
@@ -120,5 +152,6 @@ class Link:
             self.greeting.set_result(reason)
         for request in (*self._in_flight.values(), *self._unsent):
             request.lose_server(reason)
+        self._dismiss_spare()
         self._in_flight.clear()
         self._unsent.clear()

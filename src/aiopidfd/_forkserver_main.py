@@ -4,7 +4,7 @@ Two sockets, neither of which has a name:
 
 * The wire, a SOCK_SEQPACKET pair. A request is a number, and the descriptors that the worker gets: its gate first. A reply
   is that number, the worker's pid, or 0 and an errno, and the pidfd. Number 0 is the reply to nothing: the server is there,
-  and this was a trial; or a traceback of why it is not.
+  or a traceback of why it is not.
 * The gate, a stream pair for each worker, which does not pass through the server: what to run goes in there, however big it
   is, and then GO when the parent holds the pidfd. Out comes STARTED when all is unpickled, READY, or FAILED and why. The
   worker waits for GO before it runs anything that may end it, and names its pid, so that the parent finds it even if the
@@ -15,6 +15,7 @@ The server has one thread, and all signals blocked: it ends when its parent does
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found] # not in typeshed
 import errno
 import functools
 import importlib
@@ -73,7 +74,7 @@ def serve(wire: socket.socket, preload: Sequence[str], parent_pid: int) -> None:
 
 
 def _greet(server: Server, preload: Sequence[str]) -> bool:
-    """Preload, fork on trial, and say how it went; return whether it went well."""
+    """Preload, and say how it went, with no text or a traceback; return whether it went well."""
     try:
         for name in preload:
             importlib.import_module(name)
@@ -86,9 +87,8 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     _child.reset_signals()
     _linux.detach_epolls()
     _child.flush_streams()
-    pid, pidfd, code = _fork_worker(lambda: os._exit(0))
-    _reply(server, 0, pid, pidfd, code)
-    return code == 0
+    server.wire.send(REPLY.pack(0, 0, 0))
+    return True
 
 
 def _serve_one(server: Server) -> bool:
@@ -100,21 +100,21 @@ def _serve_one(server: Server) -> bool:
     if flags & socket.MSG_CTRUNC:  # we had no room for some of the descriptors
         pid, pidfd, code = 0, -1, errno.EMFILE
     else:
-        pid, pidfd, code = _fork_worker(lambda: _child.run_to_end(lambda: _start(server, fds)))
+        pid, pidfd, code = _fork_worker(server, fds)
     for fd in fds:
         os.close(fd)
     _reply(server, number, pid, pidfd, code)
     return True
 
 
-def _fork_worker(live: Callable[[], object]) -> tuple[int, int, int]:
+def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
     """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
     try:
         pid, pidfd = _linux.fork(_linux.FORK_SIBLING)
     except OSError as exc:
         return 0, -1, exc.errno or errno.EIO
     if pid == 0:
-        live()
+        _child.run_to_end(lambda: _start(server, fds))
     return pid, pidfd, 0
 
 
@@ -143,6 +143,7 @@ def _start(server: Server, fds: list[int]) -> Callable[[], object]:
     manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
     numbers = struct.unpack(f"={count}i", gate.read(4 * count)) if count else ()
     body = gate.read(body_size)
+    _discard_signals()
     options = Options("manual" if manual else "auto", session, None if group < 0 else group, pdeathsig or None)
     try:
         if numbers:
@@ -163,6 +164,12 @@ def _start(server: Server, fds: list[int]) -> Callable[[], object]:
     return functools.partial(_run, child_func, args)
 
 
+def _discard_signals() -> None:
+    """Forget what came while nobody knew what this worker would be: a Ctrl-C at the terminal was not for what it is now."""
+    while pending := _signal.sigpending():
+        _signal.sigtimedwait(pending, 0)
+
+
 class _Gate:
     """What comes in at a worker's gate."""
 
@@ -171,12 +178,13 @@ class _Gate:
         self._ahead = b""
 
     def read(self, size: int) -> bytes:
-        """Read `size` bytes. SystemExit: the parent has given us up."""
+        """Read `size` bytes. SystemExit: the parent has given us up, or has never heard of us: so we say who we are."""
         parts, missing = [self._ahead], size - len(self._ahead)
         while missing > 0:
             # A small order is read as a whole, often with GO at its end.
             part = os.read(self.fd, min(max(missing, 4096), 1 << 20))
             if not part:
+                _write(self.fd, STARTED + PID.pack(os.getpid()))
                 raise SystemExit(1)
             parts.append(part)
             missing -= len(part)

@@ -21,28 +21,26 @@ REPLY_S = 1.0
 
 _READ_SIZE = 65536
 
-Outcome = Union[AbstractChildProcess, OSError, str]
-"""A watched worker, or why there is none; a text is the server's own traceback."""
+Outcome = Union[AbstractChildProcess, OSError]
+"""A watched worker, or why there is none."""
 
 OnBirth = Callable[[AbstractChildProcess], object]
 """Called with each worker as soon as it is watched."""
 
 
 class Request:
-    """One worker to be: the parent's end of its gate, and what is known of it."""
+    """One worker to be: the parent's end of its gate, and what is known of it.
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, body: bytes, options: Options, pass_fds: Sequence[int], on_birth: OnBirth
-    ) -> None:
+    It may be sent before anybody has ordered what the worker is to run: until then the worker stands at its gate.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pass_fds: Sequence[int] = ()) -> None:
         """Send nothing yet."""
         self._loop = loop
-        self._options = options
         self._pass_fds = pass_fds
-        self._on_birth = on_birth
-        head = pack_order(options, pass_fds, len(body))
-        # Small ones are sent as a whole, so that the worker can read them so; big ones are not copied.
-        parts = [head + body] if len(body) < 4000 else [head, body]
-        self._unwritten = deque(memoryview(part) for part in parts)
+        self._options: Options | None = None  # until it is ordered
+        self._on_birth: OnBirth = _nobody
+        self._unwritten: deque[memoryview] = deque()
         self._is_writer = False
         self._gate: socket.socket | None = None
         self._heard = bytearray()
@@ -52,6 +50,25 @@ class Request:
         self.failure = ""  # the traceback, if the worker has told one
         self.outcome: asyncio.Future[Outcome] = loop.create_future()
         self.ready: asyncio.Future[object] = loop.create_future()  # True, or False if it never will be
+
+    def order(self, body: bytes, options: Options, on_birth: OnBirth) -> None:
+        """Have the worker run what is pickled in `body`."""
+        self._options = options
+        self._on_birth = on_birth
+        head = pack_order(options, self._pass_fds, len(body))
+        # Small ones are sent as a whole, so that the worker can read them so; big ones are not copied.
+        self._unwritten.extend(memoryview(part) for part in ([head + body] if len(body) < 4000 else [head, body]))
+        if self.outcome.done():
+            self._let_out(self.outcome.result(), options)
+        self._write()
+
+    @property
+    def is_spoiled(self) -> bool:
+        """Whether there is no worker, and none to come."""
+        if not self.outcome.done():
+            return False
+        worker = self.outcome.result()
+        return not isinstance(worker, AbstractChildProcess) or worker.returncode is not None
 
     def send(self, wire: socket.socket, number: int) -> None:
         """Send it. OSError: EMFILE, ENFILE, EBADF among them; nothing was sent."""
@@ -113,7 +130,7 @@ class Request:
         if heard[:1] == STARTED and len(heard) > PID.size:
             (self._pid,) = PID.unpack(heard[1 : 1 + PID.size])
             del heard[: 1 + PID.size]
-            if self._options.ready == "auto":
+            if self._options is not None and self._options.ready == "auto":
                 self._be_told(True)
         if heard[:1] == _child.READY:
             self._be_told(True)
@@ -139,19 +156,24 @@ class Request:
             self.settle(self._lost)
 
     def bind(self, pid: int, pidfd: int, code: int) -> None:
-        """Watch the worker from now on, and let it out of its gate."""
+        """Watch the worker from now on, and let it out of its gate if it knows what to run."""
         if self.outcome.done():
             return
-        worker = bind_worker(self._loop, pid, pidfd, code, self._options.pgid)
+        worker = _bind_worker(self._loop, pid, pidfd, code)
         self.settle(worker)
         if isinstance(worker, AbstractChildProcess):
-            self._on_birth(worker)
+            worker.detach()  # until somebody else has its handle
             if self._abandoned:
-                worker.detach()
                 _fork.kill(worker)
-            else:
-                self._unwritten.append(memoryview(GO))
-                self._write()
+        if self._options is not None:
+            self._let_out(worker, self._options)
+            self._write()
+
+    def _let_out(self, worker: Outcome, options: Options) -> None:
+        if isinstance(worker, AbstractChildProcess) and not self._abandoned:
+            worker._give_out(options.pgid)
+            self._on_birth(worker)
+            self._unwritten.append(memoryview(GO))
 
     def lose_server(self, reason: OSError) -> None:
         """Hear that the server has ended without a reply. If there is a worker all the same, it says so by its gate."""
@@ -172,7 +194,6 @@ class Request:
         """Wait until the worker is ready, and return its handle. Raises ChildStartError, OSError: there is none."""
         worker = await asyncio.shield(self.outcome)
         if not isinstance(worker, AbstractChildProcess):
-            assert isinstance(worker, OSError)
             raise OSError(worker.errno, worker.strerror)  # a new one: many requests may share the server's end
         status = await _fork.await_ready(worker, self.ready)
         if status is not None:
@@ -181,11 +202,23 @@ class Request:
             raise ChildStartError(f"worker process {worker.pid} ended before it was ready: {status!r}{text}", status)
         return worker
 
+    def dismiss(self) -> None:
+        """Have the worker end, as soon as it is known that there is one."""
+        self._abandoned = True
+        if self.outcome.done():
+            worker = self.outcome.result()
+            if isinstance(worker, AbstractChildProcess):
+                worker.detach()
+                _fork.kill(worker)
+        elif self._gate is None:
+            self.settle(OSError(errno.ECANCELED, "cancelled"))
+        elif self._options is None:
+            with contextlib.suppress(OSError):  # ENOTCONN: it has ended
+                self._gate.shutdown(socket.SHUT_WR)  # a worker that nobody knows of says so before it ends
+
     async def abandon(self) -> None:
         """End the worker, and reap it, however often we are cancelled meanwhile."""
-        self._abandoned = True
-        if self._gate is None:
-            self.settle(OSError(errno.ECANCELED, "cancelled"))
+        self.dismiss()
         deadline = self._loop.time() + REPLY_S
         while not self.outcome.done() and self._loop.time() < deadline:
             with contextlib.suppress(asyncio.CancelledError):
@@ -193,7 +226,6 @@ class Request:
         if self.outcome.done():
             worker = self.outcome.result()
             if isinstance(worker, AbstractChildProcess):
-                worker.detach()
                 await _fork.end_unready(worker)
         # else the server is stopped, or starved. If it ever goes on, `bind` ends the worker, and the registry reaps it.
 
@@ -214,12 +246,16 @@ class Request:
             self._gate = None
 
 
-def bind_worker(loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, code: int, pgid: int | None) -> Outcome:
+def _nobody(worker: AbstractChildProcess) -> None:
+    """Be told of a worker that nobody has ordered."""
+
+
+def _bind_worker(loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, code: int) -> Outcome:
     """Return the handle of a worker that stands at its gate, or why there is none."""
     if code:
         return _linux.error(code, "the fork server cannot make a worker: clone(CLONE_PIDFD | CLONE_PARENT)")
     try:
-        return watch_forked(pid, pgid=pgid, pidfd=pidfd, loop=loop, check=pidfd < 0)
+        return watch_forked(pid, pgid=None, pidfd=pidfd, loop=loop, check=pidfd < 0)
     except (ProcessLookupError, ChildProcessError) as exc:  # killed and reaped while we knew no more than its pid
         return exc
     except OSError as exc:

@@ -54,6 +54,11 @@ class AbstractChildProcess(ABC):
         self._pgid = pgid
         self._detached = False
 
+    def _give_out(self, pgid: int | None) -> None:
+        """Be somebody's handle, after `detach`."""
+        self._pgid = pgid
+        self._detached = False
+
     def __repr__(self) -> str:
         state = "running" if self.returncode is None else f"returncode={self.returncode}"
         return f"<{type(self).__name__} pid={self.pid} {state}>"
