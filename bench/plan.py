@@ -108,7 +108,7 @@ _ALL = (
         quick={20: 3, 500: 3},
         notes=(
             "The C program, os.fork and multiprocessing know no loop: they block for the whole of it.",
-            "The C fork server is a floor for ours: the same messages and system calls, without Python.",
+            "The C fork server sends and calls the same without Python, but forks only when it is asked to.",
             "forkserver and spawn run the function in an interpreter that shares no memory with the parent.",
         ),
     ),

@@ -115,7 +115,7 @@ class _Decision:
 
     def __init__(self) -> None:
         self.name: BackendName | None = None
-        self._told: set[BackendName] = set()
+        self.told: set[BackendName] = set()
 
     def make(self) -> BackendName:
         """Decide, and log it."""
@@ -126,8 +126,8 @@ class _Decision:
 
     def tell(self, name: BackendName, reason: str) -> None:
         """Log, once for each backend, that it is used, and why."""
-        if name not in self._told:
-            self._told.add(name)
+        if name not in self.told:
+            self.told.add(name)
             logger.info("watching children by %s: %s", name, reason)
 
 
@@ -138,7 +138,8 @@ def choose(choice: Choice) -> BackendName:
     """Return the backend to try first for a child. OSError: the environment insists on pidfds, and they are forbidden."""
     if choice == "auto":
         return _decision.name or _decision.make()
-    _decision.tell(choice, f"backend={choice!r} says so")
+    if choice not in _decision.told:
+        _decision.tell(choice, f"backend={choice!r} says so")
     return choice
 
 
