@@ -30,15 +30,17 @@ _Static_assert(sizeof(struct clone_args_v0) == 64, "the kernel tells the version
 /* Return where the C library caches the ID of this thread, NULL if that is not found out.
  *
  * glibc's struct pthread has it shortly before the head of the robust list, which the kernel knows, in every version so far.
+ * musl's has it among its first members, and a robust list only once one is used.
  * A word that holds the ID is the right one if pthread_getcpuclockid, which encodes the cached ID, follows a change of it.
- * PR_GET_TID_ADDRESS does not tell: from glibc 2.43 on it names another member until the process has forked. */
+ * PR_GET_TID_ADDRESS does not tell: musl names a lock by it, and glibc from 2.43 on another member until the process has
+ * forked. */
 static int *find_cached_tid(void *robust_list)
 {
     volatile int *first = (volatile int *)pthread_self(), *word = robust_list;
     int tid = (int)syscall(SYS_gettid);
 
-    if (word <= first || word - first > 1024) /* musl has no robust list until one is used */
-        return NULL;
+    if (word <= first || word - first > 1024)
+        word = first + 24; /* well inside musl's struct, also where a pointer has four bytes */
     while (--word > first) {
         clockid_t as_is, changed;
         int follows;
@@ -74,7 +76,7 @@ static long clone_process(uint64_t flags, int *tid, int *pidfd)
 
 int ap_fork(int flags, int *ret_pidfd)
 {
-    /* What glibc's fork has the kernel do, too: set the cached thread ID in the child. */
+    /* As in a child of fork: the C library's cached thread ID is the child's. */
     uint64_t clone_flags = CLONE_PIDFD | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
     PyGILState_STATE gil;
     void *robust_list = NULL;

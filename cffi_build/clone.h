@@ -16,7 +16,7 @@ enum {
  * -ENOSYS, -EPERM, -EACCES: a seccomp filter forbids it. -EINVAL: AP_FORK_SIBLING, and we are init of a PID namespace.
  * -EMFILE, -ENFILE, -EAGAIN, -ENOMEM: there is no room for a descriptor, a process or its memory.
  * -ENOTSUP: it cannot be found out where the C library caches the ID of the thread, which the child would take for its own
- * (any but glibc). Call it with signals blocked: for an instant that ID is wrong in the parent, too. */
+ * (any but glibc and musl). Call it with signals blocked: for an instant that ID is wrong in the parent, too. */
 int ap_fork(int flags, int *ret_pidfd);
 
 #endif
