@@ -410,8 +410,9 @@ def fork(flags: int = 0) -> tuple[int, int]:
 def count_threads() -> int:
     """Return how many threads this process has, those of C libraries among them.
 
-    io_uring's workers (Linux 5.12+) don't count, though the kernel lists them: they run none of the process's code, so they
-    hold none of its locks. uvloop's process has one for some seconds whenever a change to its epoll met a lock taken.
+    io_uring's workers (Linux 5.12+, 5.10.162+) don't count, though the kernel lists them: they run none of the process's
+    code, so they hold none of its locks. uvloop's process has one for some seconds whenever a change to its epoll met a lock
+    taken.
     """
     threads = os.listdir("/proc/self/task")
     return 1 if len(threads) == 1 else sum(not _is_uring_worker(thread) for thread in threads)

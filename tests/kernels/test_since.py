@@ -11,8 +11,10 @@ import os
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +48,8 @@ pytestmark = pytest.mark.skipif(is_filtered(), reason="a seccomp filter may answ
 
 CLONE_PIDFD = 0x1000
 CLONE_CLEAR_SIGHAND = 0x100000000
-SYS_CLOSE_RANGE = 436  # on every architecture but alpha
+SYS_IO_URING_SETUP = 425  # on every architecture but alpha, as the next
+SYS_CLOSE_RANGE = 436
 
 # Each claim is tried by a function that returns the kernel's answer: "yes", the name of an errno, or what it is.
 
@@ -163,6 +166,34 @@ def closes_range() -> str:
         return "yes"
     os.close(read)
     return errno.errorcode[ctypes.get_errno()]
+
+
+def lists_worker_of_io_uring() -> str:
+    """Whether the kernel lists a worker of io_uring's among the threads of the process; the other kind is none."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = threads()
+    parameters = struct.pack("30I", 0, 0, 2, *[0] * 27)  # IORING_SETUP_SQPOLL: a worker at once
+    ring = ctypes.CDLL(None, use_errno=True).syscall(SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(parameters))
+    if ring < 0:
+        pytest.skip(f"this process may not have an io_uring: {os.strerror(ctypes.get_errno())}")
+    try:
+        said = {0: "not listed", 1: "listed"}[threads() - before]
+        eventually(lambda: _linux.count_threads() == before)  # it gives itself the name by which we know it
+        assert threads() - before == (said == "listed")
+    finally:
+        os.close(ring)
+    eventually(lambda: threads() == before)
+    return said
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def signals_group() -> str:
@@ -302,6 +333,11 @@ CLAIMS: dict[str, tuple[Callable[[], str], dict[tuple[int, int], str]]] = {
     "waitid(P_PIDFD)": (waits_by_pidfd, since(5, 4, before="EINVAL")),
     "CLONE_CLEAR_SIGHAND": (clears_handlers, since(5, 5, before="EINVAL")),
     "close_range": (closes_range, since(5, 9, before="ENOSYS")),
+    "worker of io_uring": (
+        lists_worker_of_io_uring,
+        # 5.10.162 has taken over the io_uring of 5.15.
+        {ALWAYS: "not listed", (5, 10): "listed", (5, 11): "not listed", (5, 12): "listed"},
+    ),
     "polled: running, zombie, again, reaped": (
         polls_zombie,
         {(5, 3): "- IN - -", (6, 9): "- IN - IN|HUP"},
