@@ -24,7 +24,7 @@ except ImportError:
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
-TEST_TIMEOUT_S = 240  # then all threads' tracebacks, and the end
+TEST_TIMEOUT_S = 600  # longer than any bound in a test; then all threads' tracebacks, and the end
 
 LOOPS = [
     "asyncio",

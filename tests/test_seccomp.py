@@ -76,7 +76,7 @@ def test_core_of_the_suite_passes_without_pidfds(answer: str) -> None:
     # No watchdog, which is a thread: afork warns of threads. The time is limited here.
     options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
     command = [sys.executable, "-m", "pytest", *options, *(f"{here.name}/{name}" for name in CORE)]
-    result = under_filter(NO_PIDFDS[answer], command, env=environment, cwd=here.parent, timeout=300)
+    result = under_filter(NO_PIDFDS[answer], command, env=environment, cwd=here.parent, timeout=540)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr
     assert " passed" in result.stdout
 
