@@ -75,7 +75,7 @@ def run_pytest(folder: Path, conftest: str, test: str, *options: str) -> None:
     (folder / "pytest.ini").write_text("[pytest]\n")  # the folder is the root
     command = [sys.executable, "-W", "error", "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
