@@ -86,7 +86,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 60.0) -> Any:
+def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 240.0) -> Any:
     """Run a coroutine as asyncio.run does, on a loop from `loop_factory`."""
     loop = loop_factory()
     errors: list[dict[str, Any]] = []

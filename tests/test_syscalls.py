@@ -113,7 +113,7 @@ def count_calls(strace: str, program: str, folder: Path, *arguments: str) -> Cou
     """Run the program, and count the system calls of its process, by name, between the marks."""
     log = folder / "trace"
     command = [strace, "-o", str(log), sys.executable, "-W", "ignore", "-c", program, *arguments]
-    subprocess.run(command, check=True, timeout=60, env=undebugged_environment())
+    subprocess.run(command, check=True, timeout=300, env=undebugged_environment())
     calls: Counter[str] = Counter()
     counting = False
     for line in log.read_text(errors="replace").splitlines():
