@@ -37,6 +37,7 @@ from aiopidfd import (
 )
 from aiopidfd._backend import probe_pidfd
 
+from .children import undebugged_environment
 from .conftest import children, open_descriptors, run_on
 
 needs_pidfds = pytest.mark.skipif(probe_pidfd() is not None, reason="pidfds are forbidden here, and so is a fork server")
@@ -826,7 +827,8 @@ if __name__ == "__main__":
 def test_functions_of_the_main_module(tmp_path: Path, arguments: list[str], output: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(MAIN, encoding="utf-8")
-    ran = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, check=False)
+    command, environment = [sys.executable, str(program), *arguments], undebugged_environment()
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert output in ran.stdout
 

@@ -25,7 +25,7 @@ from aiopidfd._linux import can_recover_exit, error
 from aiopidfd._pidfd import PidfdBackend
 from aiopidfd._registries import registry_of
 
-from .children import Held, Stranger, await_zombie, held, one_held
+from .children import Held, Stranger, await_zombie, held, one_held, undebugged_environment
 from .conftest import BACKENDS, LoopFactory, children, run_on
 from .seccomp import compile_c, python_under_filter
 
@@ -715,7 +715,8 @@ LOOP
 """,
         loop_factory,
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    command, environment = [sys.executable, "-c", program], undebugged_environment()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
