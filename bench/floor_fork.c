@@ -70,7 +70,9 @@ int main(int argc, char **argv)
     }
     setvbuf(stdout, NULL, _IOFBF, 1 << 16); /* written at the end: a child that copied it would write nothing, by _exit */
     sample(0);
-    while (samples-- > 0)
+    while (samples-- > 0) {
+        (void)usleep(5000); /* the pause that all peers make */
         sample(1);
+    }
     return 0;
 }

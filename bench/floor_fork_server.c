@@ -163,8 +163,10 @@ int main(int argc, char **argv)
     close(wire[1]);
     touch((size_t)atol(argv[1]));
     sample(wire[0], 0);
-    while (samples-- > 0)
+    while (samples-- > 0) {
+        (void)usleep(5000); /* the pause that all peers make */
         sample(wire[0], 1);
+    }
     close(wire[0]);
     return syscall(SYS_waitid, WAIT_BY_PIDFD, pidfd, NULL, WEXITED | __WALL, NULL) != 0;
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -18,6 +20,12 @@ from .memory import grow_to
 from .stall import measure_stall
 
 Samples = dict[str, list[float]]
+
+# Before each sample, of every peer, the C programs among them: what a server forks, it forks now and then. `each` is
+# without it.
+_PAUSE_S = 0.005
+_AT_ONCE = 16
+
 Method = Literal["fork", "forkserver", "spawn"]
 
 # Returns, once the child is ready, what waits for its end.
@@ -33,8 +41,13 @@ def _measure_c(program: str, megabytes: int, samples: int) -> Samples:
 
 def _sample_blocking(samples: int, sample: Callable[[], tuple[int, int]]) -> Samples:
     """Sample what knows no loop. `sample` returns the nanoseconds until ready, and until reaped."""
+
+    def sample_after_pause() -> tuple[int, int]:
+        time.sleep(_PAUSE_S)
+        return sample()
+
     sample()
-    pairs = [sample() for _ in range(samples)]
+    pairs = [sample_after_pause() for _ in range(samples)]
     return {"ready": [ready / 1000 for ready, _ in pairs], "total": [total / 1000 for _, total in pairs]}
 
 
@@ -87,6 +100,7 @@ def _measure_multiprocessing(megabytes: int, samples: int) -> Samples:
 
 async def _sample_all(samples: int, fork: Fork) -> Samples:
     async def sample() -> tuple[float, float]:
+        await asyncio.sleep(_PAUSE_S)
         start_ns = perf_counter_ns()
         wait = await fork()
         ready_ns = perf_counter_ns()
@@ -97,12 +111,18 @@ async def _sample_all(samples: int, fork: Fork) -> Samples:
         wait = await fork()
         await wait()
 
+    async def sample_each() -> float:
+        start_ns = perf_counter_ns()
+        await asyncio.gather(*[fork_and_wait() for _ in range(_AT_ONCE)])
+        return (perf_counter_ns() - start_ns) / 1000 / _AT_ONCE
+
     await sample()
     pairs = [await sample() for _ in range(samples)]
     return {
         "ready": [ready for ready, _ in pairs],
         "total": [total for _, total in pairs],
         "stall": [await measure_stall(fork_and_wait) for _ in range(samples)],
+        "each": [await sample_each() for _ in range(-(-samples // 4))],
     }
 
 

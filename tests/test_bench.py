@@ -51,7 +51,7 @@ def test_cell_gives_as_many_samples_as_asked_for(benchmark: str, peer: str, comp
     assert cell["samples"]
     for metric, samples in cell["samples"].items():
         assert metric in BENCHMARKS[benchmark].metrics
-        assert len(samples) == (1 if metric.startswith(("throughput", "cpu", "wall")) else 2)  # these are of a batch
+        assert len(samples) == (1 if metric.startswith(("throughput", "cpu", "wall", "each")) else 2)  # these are of a batch
         assert all(sample > 0 for sample in samples)
 
 
