@@ -518,6 +518,25 @@ async def test_worker_that_was_killed_before_its_order_is_replaced(pidfds: None)
         assert await worker.wait() == 6
 
 
+async def test_worker_that_is_being_killed_before_its_order_is_replaced(pidfds: None) -> None:
+    """Its gate is heard before its end is."""
+    async with ForkServer() as server:
+        assert server._link is not None
+        spare = server._link.stock()
+        ahead = await spare.outcome
+        assert isinstance(ahead, PidfdChildProcess)
+        os.kill(ahead.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while not spare.ready.done():
+            assert time.monotonic() < deadline
+            spare.read()
+        assert ahead.returncode is None
+        worker = await server.afork(exit_with, 7)
+        assert worker is not ahead
+        assert await worker.wait() == 7
+        await ahead.wait()
+
+
 async def test_worker_without_an_order_ends_with_its_server(pidfds: None) -> None:
     async with ForkServer() as server:
         before = await others(server) - {server.pid}

@@ -64,9 +64,11 @@ class Request:
 
     @property
     def is_spoiled(self) -> bool:
-        """Whether there is no worker, and none to come."""
+        """Whether a worker without an order has ended, or there is none and none to come."""
         if not self.outcome.done():
             return False
+        if self.ready.done():  # it has closed its gate: killed, though its end was not told yet
+            return True
         worker = self.outcome.result()
         return not isinstance(worker, AbstractChildProcess) or worker.returncode is not None
 
