@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,20 +122,21 @@ class Stranger:
     """A process that is a child of another process; it ends with code 11, and is reaped, when told."""
 
     def __init__(self) -> None:
-        self._parent = subprocess.Popen(
-            [sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._parent.stdout is not None
-        self.pid = int(self._parent.stdout.readline())
+        # Not two pipes: without a descriptor for the second, Popen loses the first on Python 3.9 and 3.10.
+        self._ours, childs = socket.socketpair()
+        with childs, contextlib.ExitStack() as undo:
+            undo.callback(self._ours.close)
+            self._parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdin=childs, stdout=childs)
+            undo.pop_all()
+        self.pid = int(self._ours.recv(32))
 
     def tell(self, order: str) -> None:
         """Say "end" or "reap" to its parent."""
-        assert self._parent.stdin is not None
-        self._parent.stdin.write(f"{order}\n")
-        self._parent.stdin.flush()
+        self._ours.sendall(f"{order}\n".encode())
 
     def __enter__(self) -> Stranger:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._parent.communicate()
+        self._ours.close()
+        self._parent.wait()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import resource
+
 import pytest
 
+from .children import Stranger
 from .conftest import BACKENDS, LOOPS
 from .seccomp import compile_c
 from .test_stress import stress
@@ -23,6 +29,30 @@ def test_chaos_breaks_no_promise(kind: str, backend: str) -> None:
             children = int(figures["children"].split()[0])
     assert children >= 50
     assert int(figures["mischief"].split()[0]) > 0
+
+
+@pytest.mark.parametrize("free", range(8))
+def test_stranger_that_cannot_be_leaves_nothing(free: int) -> None:
+    """The chaos asks for one when there are few descriptors, or none."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    held = []
+    try:
+        with contextlib.suppress(OSError):  # EMFILE
+            while True:
+                held.append(os.dup(0))
+        for _ in range(free):
+            os.close(held.pop())
+        try:
+            with Stranger() as stranger:
+                assert stranger.pid > 0
+        except OSError as exc:
+            assert exc.errno == errno.EMFILE
+            assert free < 7
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_chaos_takes_no_other_hostility() -> None:
