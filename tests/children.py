@@ -126,7 +126,7 @@ class Stranger:
         self._ours, childs = socket.socketpair()
         with childs, contextlib.ExitStack() as undo:
             undo.callback(self._ours.close)
-            self._parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdin=childs, stdout=childs)
+            self._parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdin=childs.fileno(), stdout=childs.fileno())
             undo.pop_all()
         self.pid = int(self._ours.recv(32))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 
@@ -31,7 +30,7 @@ def test_chaos_breaks_no_promise(kind: str, backend: str) -> None:
     assert int(figures["mischief"].split()[0]) > 0
 
 
-@pytest.mark.parametrize("free", range(8))
+@pytest.mark.parametrize("free", range(6))
 def test_stranger_that_cannot_be_leaves_nothing(free: int) -> None:
     """The chaos asks for one when there are few descriptors, or none."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -44,11 +43,12 @@ def test_stranger_that_cannot_be_leaves_nothing(free: int) -> None:
         for _ in range(free):
             os.close(held.pop())
         try:
-            with Stranger() as stranger:
-                assert stranger.pid > 0
-        except OSError as exc:
-            assert exc.errno == errno.EMFILE
-            assert free < 7
+            stranger = Stranger()
+        except OSError:
+            assert free < 4  # a pair of sockets, and Popen's own pipe if it makes one
+        else:
+            assert free >= 2
+            stranger.__exit__()
     finally:
         for fd in held:
             os.close(fd)
