@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -195,6 +196,37 @@ def test_interrupt_in_a_callback_strands_no_other_child(loop_factory: LoopFactor
         loop.run_until_complete(drain())
         loop.close()
         assert sorted(seen) == sorted(child.pid for child in children)
+
+
+def test_interrupt_in_a_callback_strands_no_other_callback_of_the_child(loop_factory: LoopFactory) -> None:
+    """The rest is told when the loop runs again, and each once."""
+    told: list[int] = []
+    watchers = [PidfdWatcher() for _ in range(4)]
+
+    def interrupt(_: int, returncode: int, number: int) -> None:
+        told.append(number)
+        raise SystemExit(returncode)
+
+    async def main() -> None:
+        with one_held() as child:
+            for number, watcher in enumerate(watchers):
+                watcher.add_child_handler(child.pid, interrupt, number)
+            child.end(3)
+            while len(told) < len(watchers):
+                await asyncio.sleep(0.001)
+
+    loop = loop_factory()
+    try:
+        running = loop.create_task(asyncio.wait_for(main(), 10))
+        with pytest.raises(SystemExit, match="3"):
+            loop.run_until_complete(running)
+        while not running.done():
+            with contextlib.suppress(SystemExit):
+                loop.run_until_complete(running)
+        running.result()
+    finally:
+        loop.close()
+    assert sorted(told) == [0, 1, 2, 3]
 
 
 def test_interrupt_before_the_batch_is_released_leaves_no_descriptor(loop_factory: LoopFactory) -> None:

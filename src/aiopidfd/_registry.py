@@ -49,7 +49,7 @@ class Registry:
         self.closed = False
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
-        self._untold: deque[tuple[Child, ExitStatus]] = deque()
+        self._untold: deque[Child] = deque()
         _linux.open_sigchld()  # now: it is for when there are no descriptors left
         self._reaper = _linux.Reaper()
         self._pidfd = PidfdBackend(self._reaper)
@@ -105,7 +105,7 @@ class Registry:
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
             elif pidfd >= 0:
                 os.close(pidfd)
-            child.observers[key] = observer
+            child.add_observer(key, observer)
             if child.peekers or not reap:
                 child.peekers = child.peekers - {key} if reap else child.peekers | {key}
                 self._agree_on_peek(child)
@@ -118,7 +118,7 @@ class Registry:
             if pid not in children and not self.closed and choose(choice) == "pidfd":
                 pidfd = self._reaper.try_add(pid, _CHECK_CHILD)
                 if pidfd >= 0:
-                    children[pid] = Child(pid, pidfd, self._pidfd, {key: observer})
+                    children[pid] = Child(pid, pidfd, self._pidfd, key, observer)
                     return
             self.observe(pid, key, observer, backend=choice)
 
@@ -127,13 +127,13 @@ class Registry:
         if not child.backend.is_recycled(child.pid, child.pidfd):
             return False
         for _ in range(2 + len(self._children)):  # the reaper has it among the ready, at most so many batches away
-            if child.ended:
+            if child.end is not None:
                 break
             self._reap()
         loop = self.loop()
         if loop is not None:
             self._in_loop(loop.call_soon, self.collect)
-        return child.ended
+        return child.end is not None
 
     def _add(self, pid: int, pidfd: int, choice: Choice, *, check: bool, stranger: bool, peek: bool) -> Child:
         backend: Backend = self._pidfd if choose(choice) == "pidfd" else self._get_sigchld()
@@ -168,7 +168,7 @@ class Registry:
                 if not stranger:
                     raise
                 pidfd, foreign = backend.add(pid, flags), True
-        child = Child(pid, pidfd, backend, {})
+        child = Child(pid, pidfd, backend, None, None)
         child.peek, child.stranger = peek, foreign
         return child
 
@@ -187,18 +187,18 @@ class Registry:
             last = self._children.get(pid)
             if last is not None:
                 self._is_of_the_past(last)  # it is, and so is told
-            child = self._children[pid] = Child(pid, pidfd, self._pidfd, {key: observer})
+            child = self._children[pid] = Child(pid, pidfd, self._pidfd, key, observer)
             return child
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
         with self._lock:
             child = self._children.get(pid)
-            if child is None or child.observers.pop(key, None) is None:
+            if child is None or not child.remove_observer(key):
                 return False
             if child.peekers:
                 child.peekers -= {key}
-            if child.observers:
+            if child.count_observers():
                 self._agree_on_peek(child)
             else:
                 del self._children[pid]
@@ -214,7 +214,7 @@ class Registry:
 
     def _agree_on_peek(self, child: Child) -> None:
         """Reap if one observer wants the process reaped, peek if all of them leave it."""
-        peek = len(child.peekers) == len(child.observers)
+        peek = len(child.peekers) == child.count_observers()
         if peek is not child.peek:
             child.backend.modify(child.pid, child.pidfd, _linux.ADD_PEEK if peek else 0)
             child.peek = peek
@@ -222,7 +222,7 @@ class Registry:
     def send_signal(self, child: Child, signal: int) -> bool:
         """Signal `child`; return False if it has ended and there is nobody to signal."""
         with self._lock:
-            if child.ended or child.pid not in self._children:
+            if child.end is not None or child.pid not in self._children:
                 return False
             try:
                 child.backend.send_signal(child.pid, child.pidfd, signal)
@@ -233,7 +233,7 @@ class Registry:
     def signal_group(self, child: Child, pgid: int, signal: int) -> bool:
         """Signal the process group `pgid`, which `child` keeps from being recycled; return False if the child has ended."""
         with self._lock:
-            if child.ended or child.pid not in self._children:
+            if child.end is not None or child.pid not in self._children:
                 return False
             try:
                 child.backend.signal_group(child.pid, child.pidfd, pgid, signal)
@@ -248,17 +248,17 @@ class Registry:
                 self._reap()
             untold = self._untold
             while untold:
-                child, status = untold.popleft()
-                observers = child.observers
-                # Taken one by one, so that nobody is told twice and nobody is forgotten when one of them raises.
-                while observers:
-                    _, observer = observers.popitem()
-                    try:
-                        observer(status)
-                    except (SystemExit, KeyboardInterrupt):
-                        raise
-                    except BaseException as exc:
-                        self._report(exc, status)
+                child = untold[0]
+                # Told one by one, so that nobody is told twice and nobody is forgotten when one of them raises.
+                try:
+                    if child.tell():
+                        continue
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as exc:
+                    self._report(exc, child.pid)
+                else:
+                    untold.popleft()
         except BaseException:
             # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
             loop = self.loop()
@@ -281,7 +281,8 @@ class Registry:
         """Take what was reaped off the watched children, and on to those whose observers are to be told."""
         children, untold = self._children, self._untold
         reaped, pending = _linux.SOURCE_REAPED, _linux.SOURCE_PENDING
-        for pid, _, status, source, rusage in records:
+        for record in records:
+            pid, _, status, source, rusage = record
             child = children.get(pid)
             if child is None:
                 continue  # unobserved since by a signal handler; or noted already, before an interrupt
@@ -289,12 +290,8 @@ class Registry:
                 if child.stranger:
                     self._give_stranger_time(child)
             else:
-                if source == reaped:
-                    exit_status = ExitStatus(pid, status, "reaped", rusage)
-                else:
-                    exit_status = self._exit_status(child, status, source, rusage)
-                untold.append((child, exit_status))
-                child.ended = True
+                child.end = record if source == reaped else self._exit_status(child, status, source, rusage)
+                untold.append(child)
                 child.pidfd = -1
                 del children[pid]
 
@@ -332,20 +329,18 @@ class Registry:
     def _give_up_stranger(self, child: Child) -> None:
         """Report the end of a process whose parent does not reap it, so that its status is not told."""
         with self._lock:
-            if child.ended or self._children.get(child.pid) is not child:
+            if child.end is not None or self._children.get(child.pid) is not child:
                 return
             del self._children[child.pid]
             child.backend.remove(child.pid, child.pidfd)
-            child.ended, child.pidfd = True, -1
-            self._untold.append((child, ExitStatus(child.pid, 0, "not-child")))
+            child.end, child.pidfd = ExitStatus(child.pid, 0, "not-child"), -1
+            self._untold.append(child)
         self.collect()
 
-    def _report(self, exc: BaseException, status: ExitStatus) -> None:
+    def _report(self, exc: BaseException, pid: int) -> None:
         loop = self.loop()
         if loop is not None:
-            loop.call_exception_handler(
-                {"message": f"Exception in the exit callback for pid {status.pid}", "exception": exc}
-            )
+            loop.call_exception_handler({"message": f"Exception in the exit callback for pid {pid}", "exception": exc})
 
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""

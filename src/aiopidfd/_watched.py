@@ -1,14 +1,20 @@
-"""One watched process."""
+"""One watched process, and who is to be told of its end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from os import waitstatus_to_exitcode
+from typing import Any, Union
 
 from ._backend import Backend
 from ._exit import ExitStatus
+from ._linux import Record
 
-Observer = Callable[[ExitStatus], object]
+Handler = tuple[Callable[..., object], tuple[Any, ...]]
+"""A watcher's callback(pid, returncode, *args), and those args."""
+
+Observer = Union[Callable[[ExitStatus], object], Handler]
 
 _NOBODY: AbstractSet[object] = frozenset()
 
@@ -16,18 +22,64 @@ _NOBODY: AbstractSet[object] = frozenset()
 class Child:
     """One watched process of one loop.
 
-    `pidfd` is -1 from the moment it was reaped (or if the backend has none), `ended` is true from then on. `observers` maps
-    whoever watches to what to call; a second entry of the same key replaces the first.
+    `pidfd` is -1 from the moment it was reaped (or if the backend has none); from then on `end` says how it ended, by the
+    reaper's record where that is all there is to say.
+
+    Whoever observes it has a key; a second observer of the same key replaces the first. Nearly every child has one: so there
+    is a place for one, and a dict only for others. What there is for each child counts when there are thousands.
     """
 
-    __slots__ = ("backend", "ended", "observers", "peek", "peekers", "pid", "pidfd", "stranger")
+    __slots__ = ("_key", "_observer", "_others", "backend", "end", "peek", "peekers", "pid", "pidfd", "stranger")
 
-    def __init__(self, pid: int, pidfd: int, backend: Backend, observers: dict[object, Observer]) -> None:
+    def __init__(self, pid: int, pidfd: int, backend: Backend, key: object, observer: Observer | None) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.backend = backend
-        self.observers = observers
-        self.ended = False
+        self._key = key
+        self._observer = observer
+        self._others: dict[object, Observer] | None = None
+        self.end: Record | ExitStatus | None = None
         self.peek = False
         self.stranger = False
         self.peekers: AbstractSet[object] = _NOBODY  # the observers that asked for reap=False
+
+    def add_observer(self, key: object, observer: Observer) -> None:
+        """Have this observer told, instead of the one that has this key if there is one."""
+        if self._key is key or (self._observer is None and not self._others):
+            self._key, self._observer = key, observer
+        else:
+            if self._others is None:
+                self._others = {}
+            self._others[key] = observer
+
+    def remove_observer(self, key: object) -> bool:
+        """Return whether there was an observer with this key."""
+        if self._key is key and self._observer is not None:
+            self._key = self._observer = None
+            return True
+        return self._others is not None and self._others.pop(key, None) is not None
+
+    def count_observers(self) -> int:
+        """Return how many are to be told."""
+        return (self._observer is not None) + (len(self._others) if self._others else 0)
+
+    def tell(self) -> bool:
+        """Tell one observer of the end, who then is none any more; return False if there is nobody to tell, or nothing."""
+        end, observer = self.end, self._observer
+        if end is None:
+            return False
+        if observer is not None:
+            self._observer = None
+        elif self._others:
+            _, observer = self._others.popitem()
+        else:
+            return False
+        if isinstance(observer, tuple):
+            callback, args = observer
+            callback(self.pid, end.returncode if isinstance(end, ExitStatus) else waitstatus_to_exitcode(end[2]), *args)
+        else:
+            if not isinstance(end, ExitStatus):
+                pid, _, status, _, rusage = end
+                end = self.end = ExitStatus(pid, status, "reaped", rusage)
+            observer(end)
+        return True

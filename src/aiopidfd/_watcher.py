@@ -6,7 +6,6 @@ import asyncio
 import warnings
 from asyncio import _get_running_loop
 from collections.abc import Callable
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,10 +27,6 @@ def check_pid(pid: object) -> None:
         raise TypeError(f"pid must be an int, not {type(pid).__name__}")
     if not 0 < pid <= 0x7FFFFFFF:
         raise ValueError(f"pid must be positive and below 2**31, not {pid}: groups and 'any child' cannot be watched")
-
-
-def _call_handler(callback: Callable[..., object], args: tuple[Any, ...], status: ExitStatus) -> None:
-    callback(status.pid, status.returncode, *args)
 
 
 with warnings.catch_warnings():
@@ -142,7 +137,7 @@ with warnings.catch_warnings():
             registry = self._registry
             if registry is None or registry.closed or registry.loop() is not (_get_running_loop() or self._loop):
                 registry = self._get_registry()
-            registry.observe_child(pid, self, partial(_call_handler, callback, args), self._backend)
+            registry.observe_child(pid, self, (callback, args), self._backend)
 
         def remove_child_handler(self, pid: int) -> bool:
             """Take back `add_child_handler`; return whether there was a handler. The child is no longer reaped by us."""
