@@ -9,6 +9,7 @@ import gc
 import inspect
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,3 +150,19 @@ def nothing_left_behind(process_wide_descriptors: None) -> Iterator[None]:
     opened, made = left()
     assert not opened, f"descriptors left open: {opened}"
     assert not made, f"children left: {made}"
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Be alone: a fork server is made in another way beside threads."""
+    deadline = time.monotonic() + 10
+    while _linux.count_threads() > 1:  # those that an earlier test has joined are gone a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def pidfds(backend: str) -> None:
+    """Skip where there can be no fork server."""
+    if backend != "pidfd":
+        pytest.skip("a fork server needs pidfds; its fallback is tested elsewhere")
