@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiopidfd
+from aiopidfd._linux import can_recover_exit
 
 from .conftest import children
 
@@ -96,7 +97,9 @@ async def suffer_thief(count: int, method: Any) -> bool:
             told += await make_workers(server, count - count // 2)
     thefts = sum(stolen.values()) - stolen[0]
     print(f"thief, {method}: {dict(told)}, {thefts} stolen in {sum(stolen.values())} attempts")
-    return told["right"] == count
+    # A spawned server's workers have an exit signal, so the thief sees them; before Linux 6.15 a stolen status is lost.
+    may_be_lost = told["lost"] if method == "spawn" and not can_recover_exit() else 0
+    return told["right"] + may_be_lost == count
 
 
 async def suffer_threads(count: int, method: Any) -> bool:
