@@ -164,19 +164,17 @@ def _fork(
 ) -> tuple[AbstractChildProcess, socket.socket]:
     """Fork, and let the child out of its gate once it is watched. Return it with the parent's end of the gate."""
     registry_of(loop)  # fails before the fork if it must
-    with _fork_lock, contextlib.ExitStack() as undo:
+    with _fork_lock:
         gate, child_gate = socket.socketpair()
-        undo.callback(gate.close)
-        with child_gate:
+        try:
             keep_from_children(gate)
-            undo.callback(forget_gate, gate)
             _child.flush_streams()  # else both of us would write what is buffered
-            parent_pid = os.getpid()
             old_mask = _linux.set_signal_mask(_linux.ALL_SIGNALS)
             try:
+                birth = _child.Birth(child_func, options, child_gate.fileno(), old_mask, loop, os.getpid())
                 pid, pidfd = fork_()
                 if pid == 0:
-                    _child.live(_child.Birth(child_func, options, child_gate.fileno(), old_mask, loop, parent_pid))
+                    _child.live(birth)
                 try:
                     child = watch_forked(pid, pgid=options.pgid, pidfd=pidfd)
                 except BaseException:
@@ -184,10 +182,15 @@ def _fork(
                     raise
             finally:
                 _linux.set_signal_mask(old_mask)
-        with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
-            gate.send(b"g")
-        gate.setblocking(False)
-        undo.pop_all()
+            with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
+                gate.send(b"g")
+            gate.setblocking(False)
+        except BaseException:
+            forget_gate(gate)
+            gate.close()
+            raise
+        finally:
+            child_gate.close()
     return child, gate
 
 
