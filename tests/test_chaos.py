@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
-
 import pytest
 
-from .children import Stranger
+from .children import Stranger, few_descriptors
 from .conftest import BACKENDS, LOOPS
 from .seccomp import compile_c
 from .test_stress import stress
@@ -33,15 +29,7 @@ def test_chaos_breaks_no_promise(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("free", range(6))
 def test_stranger_that_cannot_be_leaves_nothing(free: int) -> None:
     """The chaos asks for one when there are few descriptors, or none."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
-    held = []
-    try:
-        with contextlib.suppress(OSError):  # EMFILE
-            while True:
-                held.append(os.dup(0))
-        for _ in range(free):
-            os.close(held.pop())
+    with few_descriptors(free):
         try:
             stranger = Stranger()
         except OSError:
@@ -49,10 +37,6 @@ def test_stranger_that_cannot_be_leaves_nothing(free: int) -> None:
         else:
             assert free >= 2
             stranger.__exit__()
-    finally:
-        for fd in held:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_chaos_takes_no_other_hostility() -> None:

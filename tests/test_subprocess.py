@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import signal
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from .children import few_descriptors
 from .conftest import LoopFactory, run_on
 from .subprocesses import (
+    BY_POPEN,
     PIPE,
     drain,
     gate,
@@ -214,6 +217,22 @@ async def test_protocol_factory_that_raises_starts_no_process(monkeypatch: pytes
     with pytest.raises(ZeroDivisionError):
         await loop.subprocess_exec(fail, "/bin/true")
     assert made == []
+
+
+@pytest.mark.parametrize("free", range(12))
+@pytest.mark.parametrize("keywords", [{}, BY_POPEN], ids=["in C", "by Popen"])
+async def test_shortage_of_descriptors_starts_no_process_and_leaves_nothing(free: int, keywords: dict[str, Any]) -> None:
+    await output_of("/bin/true")  # what is opened once is open now
+    process = None
+    with few_descriptors(free):
+        try:
+            process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE, stderr=PIPE, **keywords)
+        except OSError as exc:
+            assert exc.errno == errno.EMFILE  # noqa: PT017 - whether it is raised depends on the backend, too
+            assert free < 9
+    if process is not None:
+        assert await process.communicate(b"in") == (b"in", b"")
+        assert free >= 6  # three pipes
 
 
 async def test_extra_info_is_the_popen_of_the_process() -> None:

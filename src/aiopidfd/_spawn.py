@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -51,7 +52,7 @@ def start(reaper: _linux.Reaper | None, args: Any, stdin: Any, stdout: Any, stde
         else:
             if spawned is not None:
                 return spawned
-    return Spawned(subprocess.Popen(args, bufsize=0, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs), -1)
+    return Spawned(_popen(args, stdin, stdout, stderr, **kwargs), -1)
 
 
 def _spawn(
@@ -222,6 +223,27 @@ class _Streams:
         for stream in self.ours:
             if stream is not None:
                 stream.close()
+
+
+def _popen(args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+    # Until Python 3.11.4, when Popen cannot make its second pipe it loses the first, so it is given pipes.
+    # https://github.com/python/cpython/issues/87474
+    streams = None
+    if sys.version_info < (3, 11, 4) and "pipesize" not in kwargs:
+        with contextlib.suppress(_Unplain):  # Popen will say what is wrong
+            streams = _Streams(stdin, stdout, stderr)
+    if streams is None:
+        return subprocess.Popen(args, bufsize=0, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+    stdin, stdout, stderr = (None if fd < 0 else fd for fd in streams.child)
+    try:
+        process = subprocess.Popen(args, bufsize=0, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+    except BaseException:
+        streams.close_ours()
+        raise
+    finally:
+        streams.close_childs()
+    process.stdin, process.stdout, process.stderr = streams.ours
+    return process
 
 
 class _Process(subprocess.Popen[bytes]):
