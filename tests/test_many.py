@@ -23,9 +23,9 @@ from .seccomp import compile_c
 COUNT = 10_000
 SPARE = 300  # descriptors, and pids, that others need
 
-# What the watcher may keep for each of them. It keeps a dict entry, a Child, a dict of observers and a closure.
-TRACED_LIMIT = 1200
-RESIDENT_LIMIT = 2048  # with what the allocators round up to
+# What the watcher may keep for each of them. It keeps a dict entry, a Child, and the callback with its arguments.
+TRACED_LIMIT = 400
+RESIDENT_LIMIT = 800  # with what the allocators round up to
 
 
 def read_number(path: str) -> int | None:
