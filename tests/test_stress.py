@@ -22,7 +22,7 @@ def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedP
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

@@ -24,7 +24,7 @@ def torture(*options: str) -> None:
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,  # in an emulated machine it takes 150
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -30,7 +30,7 @@ AT_A_TIME = 8  # in each thread
 OTHERS_DESCRIPTORS = 254  # the program's exit code if it has a descriptor that it should not have, or lacks one
 
 # How long one subprocess may take before it is called hung.
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0  # an emulated machine takes 60
 
 
 class Spawner:
