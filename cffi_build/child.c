@@ -11,6 +11,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 unsigned long long ap_caught_signals(void)
@@ -54,31 +55,62 @@ int ap_set_pdeathsig(int signal)
     return prctl(PR_SET_PDEATHSIG, (unsigned long)signal) < 0 ? -errno : 0;
 }
 
-int ap_detach_epolls(void)
+/* Replace `fd` by a copy of `null` if it is an epoll descriptor. Returns whether it was, or -EBADF. */
+static int detach_epoll(int fd, int probe, int null)
 {
-    int null, probe, err = 0, count = 0;
-    struct dirent *entry;
+    /* To delete what it cannot hold is the cheapest question that only an epoll descriptor answers with ENOENT. */
+    if (epoll_ctl(fd, EPOLL_CTL_DEL, probe, NULL) == 0 || errno != ENOENT)
+        return errno == EBADF ? -EBADF : 0;
+    /* Not closed, and nothing in it deleted: see the header. */
+    (void)dup3(null, fd, O_CLOEXEC);
+    return 1;
+}
+
+/* Look at each number from 0 on until `open_count` open ones were seen, if that is not far. Returns how many of those were not. */
+static long detach_low(long open_count, int probe, int null, int *ret_count)
+{
+    int fd, far = (int)open_count * 2 + 256;
+
+    for (fd = 0; open_count > 0 && fd < far; fd++) {
+        int found = detach_epoll(fd, probe, null);
+        if (found >= 0) {
+            open_count--;
+            *ret_count += found;
+        }
+    }
+    return open_count;
+}
+
+/* Look at each number that /proc lists, which takes a new process many times longer: it makes an entry of each first. */
+static int detach_listed(int probe, int null, int *ret_count)
+{
     DIR *descriptors = opendir("/proc/self/fd");
+    struct dirent *entry;
 
     if (descriptors == NULL)
         return -errno;
-    null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    probe = eventfd(0, EFD_CLOEXEC);
+    while ((entry = readdir(descriptors)) != NULL)
+        if (entry->d_name[0] != '.' && detach_epoll(atoi(entry->d_name), probe, null) == 1)
+            ++*ret_count;
+    (void)closedir(descriptors);
+    return 0;
+}
+
+int ap_detach_epolls(void)
+{
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC), probe = eventfd(0, EFD_CLOEXEC), err = 0, count = 0;
+    struct stat folder;
+
     if (null < 0 || probe < 0)
-        err = errno;
-    while (err == 0 && (entry = readdir(descriptors)) != NULL) {
-        int fd = atoi(entry->d_name);
-        /* To delete what it cannot hold is the cheapest question that only an epoll descriptor answers with ENOENT. */
-        if (epoll_ctl(fd, EPOLL_CTL_DEL, probe, NULL) == 0 || errno != ENOENT)
-            continue;
-        /* Not closed, and nothing in it deleted: see the header. */
-        (void)dup3(null, fd, O_CLOEXEC);
-        count++;
-    }
+        err = -errno;
+    /* Since Linux 6.2 its size is the number of open descriptors; before, it is 0. */
+    else if (stat("/proc/self/fd", &folder) < 0)
+        err = -errno;
+    else if (folder.st_size == 0 || detach_low(folder.st_size, probe, null, &count) > 0)
+        err = detach_listed(probe, null, &count);
     if (probe >= 0)
         (void)close(probe);
     if (null >= 0)
         (void)close(null);
-    (void)closedir(descriptors);
-    return err != 0 ? -err : count;
+    return err < 0 ? err : count;
 }

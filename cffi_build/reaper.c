@@ -3,16 +3,20 @@
 #endif
 #include "pidfd.h"
 #include "reaper.h"
+#include "owned.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* epoll's data word: the pidfd below, the pid (0: the wake descriptor) above it, and a flag on top of each. Pids end at
- * 2^22, descriptors before 2^31. */
+/* epoll's data word: the pidfd or the gate below, the pid (0: the wake descriptor) or the gate's number above it, and flags on
+ * top of each. Pids end at 2^22, descriptors before 2^31. */
 #define PEEK ((uint64_t)1 << 63)
+#define GATE ((uint64_t)1 << 62)
 #define PERSISTENT ((uint64_t)1 << 31)
 
 static struct epoll_event interest(int pid, int pidfd, int flags)
@@ -38,7 +42,10 @@ static void persist(int reaper, int pidfd, uint64_t data)
 int ap_reaper_open(void)
 {
     int reaper = epoll_create1(EPOLL_CLOEXEC);
-    return reaper < 0 ? -errno : reaper;
+    if (reaper < 0)
+        return -errno;
+    ap_own(reaper);
+    return reaper;
 }
 
 int ap_reaper_add(int reaper, int pid, int flags)
@@ -65,13 +72,43 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
         if (err < 0)
             return err;
     }
-    return epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event) < 0 ? -errno : 0;
+    if (epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event) < 0)
+        return -errno;
+    ap_own(pidfd);
+    return 0;
 }
 
 int ap_reaper_add_wake(int reaper, int fd)
 {
     struct epoll_event event = interest(0, fd, 0);
     return epoll_ctl(reaper, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+}
+
+long long ap_reaper_open_gate(int reaper, int number)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLONESHOT};
+    int ends[2], err;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
+        return -errno;
+    event.data.u64 = GATE | (uint64_t)(uint32_t)number << 32 | (uint32_t)ends[0];
+    if (fcntl(ends[0], F_SETFL, O_RDWR | O_NONBLOCK) < 0 || epoll_ctl(reaper, EPOLL_CTL_ADD, ends[0], &event) < 0) {
+        err = errno;
+        (void)close(ends[0]);
+        (void)close(ends[1]);
+        return -err;
+    }
+    ap_own(ends[0]);
+    return (long long)ends[0] << 32 | ends[1];
+}
+
+int ap_reaper_let_out(int reaper, int pid, int gate)
+{
+    int pidfd = ap_reaper_add(reaper, pid, 0);
+
+    if (pidfd >= 0)
+        (void)send(gate, "g", 1, MSG_NOSIGNAL); /* EPIPE: killed already; its end is on the way to us */
+    return pidfd;
 }
 
 int ap_reaper_modify(int reaper, int pid, int pidfd, int flags)
@@ -85,7 +122,7 @@ void ap_reaper_remove(int reaper, int pidfd)
     /* DEL before close: a forked process may hold a copy, and then close alone would leave the interest in the set,
      * out of reach and firing for ever. */
     (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
-    (void)close(pidfd);
+    ap_close_owned(pidfd);
 }
 
 /* How the process ended whose pidfd has become readable. Returns 1 with *ret_exit written, 0 for "not yet". */
@@ -111,6 +148,18 @@ static int reap_one(int pid, int pidfd, int options, uint32_t events, ap_exit *r
     return 1;
 }
 
+/* What has come through a gate. */
+static void hear_gate(uint64_t data, ap_exit *ret_exit)
+{
+    char word;
+    ssize_t length = recv((int)(data & 0x7fffffff), &word, 1, MSG_DONTWAIT);
+
+    ret_exit->pid = -(int)(data >> 32 & 0x3fffffff);
+    ret_exit->pidfd = -1; /* stays open, for its owner to close */
+    ret_exit->status = 0;
+    ret_exit->source = length == 1 ? AP_SOURCE_GATE_READY : AP_SOURCE_GATE_CLOSED;
+}
+
 int ap_reaper_reap(int reaper, ap_batch *batch)
 {
     struct epoll_event events[AP_BATCH];
@@ -123,12 +172,17 @@ int ap_reaper_reap(int reaper, ap_batch *batch)
         return -errno;
     for (i = 0; i < ready; i++) {
         uint64_t data = events[i].data.u64;
-        int pid = (int)(data >> 32 & 0x7fffffff), pidfd = (int)(data & 0x7fffffff);
+        int pid = (int)(data >> 32 & 0x3fffffff), pidfd = (int)(data & 0x7fffffff);
         int options = WEXITED | WNOHANG | (data & PEEK ? WNOWAIT : 0);
         ap_exit *ended = &batch->exits[batch->count];
 
         if (pid == 0) {
             batch->woken = 1;
+            continue;
+        }
+        if (data & GATE) {
+            hear_gate(data, ended);
+            batch->count++;
             continue;
         }
         if (!reap_one(pid, pidfd, options, events[i].events, ended)) {
@@ -153,6 +207,6 @@ void ap_batch_release(ap_batch *batch)
 
     for (i = 0; i < batch->count; i++)
         if (batch->exits[i].pidfd >= 0)
-            (void)close(batch->exits[i].pidfd);
+            ap_close_owned(batch->exits[i].pidfd);
     batch->count = 0;
 }

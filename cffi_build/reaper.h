@@ -17,7 +17,8 @@ typedef struct {
     ap_exit exits[AP_BATCH];
 } ap_batch;
 
-/* Open a reaper: an epoll descriptor, close-on-exec, readable while something in it has ended. */
+/* Open a reaper: an epoll descriptor, close-on-exec, readable while something in it has ended. To be closed by ap_close_owned,
+ * which a forked child does with its copy of it, and with those of all pidfds that a reaper holds. */
 int ap_reaper_open(void);
 
 /* Open a pidfd for `pid` and hold it in the reaper; `flags` is AP_ADD_*. Returns the pidfd, which the reaper's user owns
@@ -34,6 +35,14 @@ int ap_reaper_modify(int reaper, int pid, int pidfd, int flags);
 /* Hold a descriptor that is no pidfd: each write to it makes the reaper readable and sets batch->woken. It stays its
  * owner's. */
 int ap_reaper_add_wake(int reaper, int fd);
+
+/* Make a gate for a child that is to be forked: a socket pair, both ends close-on-exec. The reaper holds ours, which does not
+ * block, until it has told once of a byte or the end of the stream, as an exit whose pid is minus `number` (up to 2^22).
+ * Returns ours << 32 | the child's; close them by ap_close_owned and close. */
+long long ap_reaper_open_gate(int reaper, int number);
+
+/* Do what ap_reaper_add does for a newly forked child, then let it out of its gate: it cannot be reaped before. */
+int ap_reaper_let_out(int reaper, int pid, int gate);
 
 /* Let go of a pidfd and close it. It is closed even if the reaper did not hold it. */
 void ap_reaper_remove(int reaper, int pidfd);

@@ -232,13 +232,15 @@ void ap_sigchld_after_fork(void)
 {
     int i, fd = atomic_exchange(&wake_fd, -1);
 
-    (void)pthread_mutex_init(&lock, NULL); /* another thread of the parent may have held it */
-    for (i = 0; i < MAX_ABANDONED; i++)
-        if (atomic_load_explicit(&abandoned[i], memory_order_relaxed) != 0) /* what is not written to is not copied */
-            atomic_store(&abandoned[i], 0);
-    (void)ap_sigchld_restore();
+    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER; /* another thread of the parent may have held it */
     if (fd >= 0)
         (void)close(fd);
+    if (atomic_load(&first) == NULL) /* never installed: all that follows would only copy pages */
+        return;
+    for (i = 0; i < MAX_ABANDONED; i++)
+        if (atomic_load_explicit(&abandoned[i], memory_order_relaxed) != 0)
+            atomic_store(&abandoned[i], 0);
+    (void)ap_sigchld_restore();
 }
 
 int ap_sigchld_describe(char *ret_text, int size)

@@ -1,24 +1,38 @@
-"""The life of a forked child: it is made clean, runs its function, and ends without a way back into its parent's code."""
+"""The life of a forked child: it is made clean, runs its function, and ends without a way back into its parent's code.
+
+What it does until it is ready costs by the number of pages that it writes to, for each of them is copied first. A function
+of Python's has some, and so has the first look at an attribute of a module: hence many names that are this module's own.
+"""
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found] # not in typeshed
 import asyncio
-import contextvars
 import os
 import signal
 import sys
 import threading
 import traceback
+from _signal import (  # type: ignore[import-not-found] # not in typeshed
+    SIG_DFL,
+    SIGCHLD,
+    SIGINT,
+    default_int_handler,
+    set_wakeup_fd,
+)
+from _signal import signal as _set_handler
+from asyncio import _set_running_loop, events
 from asyncio.tasks import _leave_task, current_task
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Literal, NamedTuple, NoReturn
 
-from . import _linux
+from ._gate import READY
+from ._linux import caught_signals, detach_epolls, is_ignored, set_pdeathsig, set_signal_mask
 
 Ready = Literal["auto", "manual"]
 
-READY = b"r"
+_SIGINT_BIT = 1 << signal.SIGINT - 1
+_UNKNOWN = object()
 
 # In a forked child, where to say that it is ready: the gate's descriptor; -1 once said. None: this process was not aforked.
 _ready_fd: int | None = None
@@ -49,11 +63,6 @@ class Birth(NamedTuple):
     parent_pid: int
 
 
-def live(birth: Birth) -> NoReturn:
-    """Run a child from the fork to its end. Called with all signals blocked."""
-    run_to_end(lambda: _start(birth))
-
-
 def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
     """Start, run what `start` returns, and end the process as that ends."""
     # _exit, come what may: a frame of the parent must never go on in here.
@@ -68,7 +77,7 @@ def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
 
 def _run(start: Callable[[], Callable[[], object]]) -> int:
     try:
-        code = exit_code(contextvars.copy_context().run(start()))
+        code = exit_code(copy_context().run(start()))
     except SystemExit as exc:
         code = _system_exit_code(exc)
     except KeyboardInterrupt:
@@ -83,56 +92,63 @@ def _run(start: Callable[[], Callable[[], object]]) -> int:
     return code
 
 
-def _start(birth: Birth) -> Callable[[], object]:
+def start(birth: Birth) -> Callable[[], object]:
+    """Make a newly forked child clean, all signals blocked until then, tell that it is ready; return what it is to run."""
+    child_func, options, gate, mask, loop, parent_pid = birth
     try:
-        _clean(birth.loop)  # while the parent sees to it that we are watched
+        # While the parent sees to it that we are watched.
+        _clean(loop)
     finally:
-        # Not before it is: we could be reaped by somebody else.
-        if not os.read(birth.gate, 1):
+        # Not before we are: we could be reaped by somebody else.
+        if not os.read(gate, 1):
             raise SystemExit(1)  # the parent has given us up
-    settle(birth.options, birth.parent_pid, birth.gate, birth.old_mask)
-    if birth.options.ready == "auto":
+    settle(options, parent_pid, gate, mask)
+    if options[0] == "auto":
         notify_ready()
-    return birth.child_func
+    return child_func
 
 
 def _clean(loop: asyncio.AbstractEventLoop) -> None:
     """Take off everything that was the parent's."""
-    _linux.detach_epolls()  # first: nothing that follows can then change what the parent's loops watch
+    detach_epolls()  # first: nothing that follows can then change what the parent's loops watch
     reset_signals()
     task = current_task(loop)
     if task is not None:
         _leave_task(loop, task)
-    asyncio._set_running_loop(None)
-    asyncio.set_event_loop(None)
+    _set_running_loop(None)
+    if getattr(events, "_event_loop_policy", _UNKNOWN) is not None:  # else there is none to be set, nor a policy made
+        events.set_event_loop(None)
 
 
 def reset_signals() -> None:
     """Set every signal that is handled to its default, SIGINT to KeyboardInterrupt; those that are ignored stay it."""
     # By what signal.signal calls: its enum members would cost a new process some thirty copied pages.
-    signal.set_wakeup_fd(-1)
-    for number in _linux.caught_signals():
-        if number != signal.SIGINT:
-            _signal.signal(number, _signal.SIG_DFL)
-    if _linux.is_ignored(signal.SIGCHLD):
-        _signal.signal(signal.SIGCHLD, _signal.SIG_DFL)  # else this child could not wait for children of its own
-    if not _linux.is_ignored(signal.SIGINT):
-        _signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_wakeup_fd(-1)
+    caught = caught_signals() & ~_SIGINT_BIT
+    while caught:
+        number = caught.bit_length()
+        caught -= 1 << number - 1
+        _set_handler(number, SIG_DFL)
+    if is_ignored(SIGCHLD):
+        _set_handler(SIGCHLD, SIG_DFL)  # else this child could not wait for children of its own
+    if not is_ignored(SIGINT):
+        _set_handler(SIGINT, default_int_handler)
 
 
 def settle(options: Options, parent_pid: int, gate: int, mask: int) -> None:
     """Give a clean child what was asked for, its descriptor to say on that it is ready, and its signals."""
-    if options.start_new_session:
+    _, start_new_session, process_group, pdeathsig = options
+    if start_new_session:
         os.setsid()
-    elif options.process_group is not None:
-        os.setpgid(0, options.process_group)
-    if options.pdeathsig is not None:
-        _linux.set_pdeathsig(options.pdeathsig)
+    elif process_group is not None:
+        os.setpgid(0, process_group)
+    if pdeathsig is not None:
+        set_pdeathsig(pdeathsig)
         if os.getppid() != parent_pid:  # it has died already, and nobody will tell us any more
-            os.kill(os.getpid(), options.pdeathsig)
+            os.kill(os.getpid(), pdeathsig)
     global _ready_fd  # noqa: PLW0603 - a process is born once
     _ready_fd = gate
-    _linux.set_signal_mask(mask)
+    set_signal_mask(mask)
 
 
 def notify_ready() -> None:
@@ -141,12 +157,14 @@ def notify_ready() -> None:
     Raises:
         RuntimeError: this process was not made by `afork`.
     """
+    global _ready_fd
     if _ready_fd is None:
         raise RuntimeError("notify_ready() is for a child made by afork()")
-    fd = take_ready_fd()
+    fd, _ready_fd = _ready_fd, -1
     if fd >= 0:
         try:
             os.write(fd, READY)
+            os.sched_yield()  # to the parent: on the same CPU it would have to wait for the end of our time slice
         except BrokenPipeError:  # the parent does not wait any more
             pass
         finally:

@@ -9,16 +9,18 @@ import os
 import signal
 import socket
 import sys
-import threading
 import warnings
+from _thread import allocate_lock
 from collections.abc import Callable
+from functools import partial
+from types import FunctionType
 from typing import cast
 
 from . import _child, _linux
 from ._child import Options, Ready
 from ._exit import ExitStatus
-from ._process import AbstractChildProcess, watch_forked
-from ._registries import registry_of
+from ._gate import Gate
+from ._process import AbstractChildProcess, expect_child, watch_expected
 
 # Forks, and returns the child's pid, 0 in the child, with its pidfd, or -1.
 Fork = Callable[[], "tuple[int, int]"]
@@ -26,10 +28,13 @@ Fork = Callable[[], "tuple[int, int]"]
 # How long a child that has closed its end of the gate without a word may take to end, before it is killed.
 _SILENCE_S = 1.0
 
-# Forks take turns, so that no child inherits the gate of another one that is being made at the same time.
-_fork_lock = threading.Lock()
+_NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 
-# The parent's ends of the gates of children that are not ready yet, and their like: no other child may hold a copy.
+# Forks take turns, so that no child inherits the gate of another one that is being made at the same time.
+_fork_lock = allocate_lock()
+_reinit_fork_lock = _fork_lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
+
+# The parent's ends of the gates of fork servers' workers, and their like: no other child may hold a copy.
 _gates: set[socket.socket] = set()
 _hooked = False
 
@@ -93,14 +98,16 @@ async def start_child(
     """Fork by `fork_`, and return the child's handle once it is ready. Raises, and is cancelled, as `afork`."""
     child, gate = _fork(loop, child_func, options, fork_)
     try:
-        await _wait_ready(loop, child, gate)
+        status = None if await gate.said else await await_ready(child, gate.said)
+        if status is not None:
+            raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
     except BaseException:
-        child.detach()
         await end_unready(child)
         raise
     finally:
-        forget_gate(gate)
-        gate.close()
+        child._end.future.remove_done_callback(gate.hear_end)
+        child._registry.close_gate(gate)
+    child._detached = False
     return child
 
 
@@ -108,10 +115,12 @@ def check_arguments(child_func: object, options: Options) -> None:
     """TypeError, ValueError: this is not what a child can be made of."""
     if not callable(child_func):
         raise TypeError(f"child_func must be callable, not {type(child_func).__name__}")
-    if inspect.iscoroutinefunction(child_func) or inspect.isasyncgenfunction(child_func):
-        raise TypeError("child_func must be a plain function; let it call asyncio.run() to run a coroutine")
-    if inspect.isgeneratorfunction(child_func):
-        raise TypeError("child_func must be a plain function, not a generator function")
+    # Nearly all are plain functions, which one look tells.
+    if not isinstance(child_func, FunctionType) or child_func.__code__.co_flags & _NOT_PLAIN or child_func.__dict__:
+        if inspect.iscoroutinefunction(child_func) or inspect.isasyncgenfunction(child_func):
+            raise TypeError("child_func must be a plain function; let it call asyncio.run() to run a coroutine")
+        if inspect.isgeneratorfunction(child_func):
+            raise TypeError("child_func must be a plain function, not a generator function")
     if options.ready not in ("auto", "manual"):
         raise ValueError(f"ready must be 'auto' or 'manual', not {options.ready!r}")
     group = options.process_group
@@ -161,36 +170,35 @@ def hook_forks() -> None:
 
 def _fork(
     loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
-) -> tuple[AbstractChildProcess, socket.socket]:
-    """Fork, and let the child out of its gate once it is watched. Return it with the parent's end of the gate."""
-    registry_of(loop)  # fails before the fork if it must
+) -> tuple[AbstractChildProcess, Gate]:
+    """Fork, and let the child out of its gate once it is watched. Return it, detached, with its gate."""
+    child = expect_child(loop, options.pgid)  # fails before the fork if it must
+    hook_forks()
     with _fork_lock:
-        gate, child_gate = socket.socketpair()
+        gate = child._registry.open_gate(loop)
         try:
-            keep_from_children(gate)
+            child._end.future.add_done_callback(gate.hear_end)
             _child.flush_streams()  # else both of us would write what is buffered
             old_mask = _linux.set_signal_mask(_linux.ALL_SIGNALS)
             try:
-                birth = _child.Birth(child_func, options, child_gate.fileno(), old_mask, loop, os.getpid())
+                birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, os.getpid())
                 pid, pidfd = fork_()
                 if pid == 0:
-                    _child.live(birth)
-                try:
-                    child = watch_forked(pid, pgid=options.pgid, pidfd=pidfd)
-                except BaseException:
-                    end_unwatched(pid, pidfd)
-                    raise
+                    _child.run_to_end(partial(_child.start, birth))
+                if pidfd >= 0 or not child._registry.let_out(child._child, pid, gate):
+                    try:
+                        child = watch_expected(child, pid, pidfd)
+                    except BaseException:
+                        end_unwatched(pid, pidfd)
+                        raise
+                    gate.open()
             finally:
                 _linux.set_signal_mask(old_mask)
-            with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
-                gate.send(b"g")
-            gate.setblocking(False)
         except BaseException:
-            forget_gate(gate)
-            gate.close()
+            child._registry.close_gate(gate)
             raise
         finally:
-            child_gate.close()
+            os.close(gate.child_fd)
     return child, gate
 
 
@@ -214,53 +222,20 @@ def fork() -> tuple[int, int]:
 
 def _after_fork_in_child() -> None:
     """In any forked child: let go of the gates, so that each has one holder on either side."""
-    global _fork_lock  # noqa: PLW0603 - it is held, by the thread that forks or by one that does not exist here
-    _fork_lock = threading.Lock()
-    for gate in _gates:
-        gate.close()
-    _gates.clear()
-    _child.forget_readiness()
+    # It is held, by the thread that forks or by one that does not exist here.
+    _reinit_fork_lock()
+    if _gates:
+        for gate in _gates:
+            gate.close()
+        _gates.clear()
+    if _child._ready_fd is not None:
+        _child.forget_readiness()
 
 
-async def _wait_ready(loop: asyncio.AbstractEventLoop, child: AbstractChildProcess, gate: socket.socket) -> None:
-    """Wait until the child says that it is ready; raise ChildStartError if it ends instead."""
-    said: asyncio.Future[object] = loop.create_future()
-
-    def read() -> None:
-        try:
-            word = gate.recv(1)
-        except (BlockingIOError, InterruptedError):
-            return
-        except ConnectionError:  # ended with our word unread
-            word = b""
-        loop.remove_reader(gate.fileno())
-        if not said.done():
-            said.set_result(bool(word))
-
-    def hear_end(_: object) -> None:
-        if not said.done():
-            read()  # it may have said that it is ready, just before
-        if not said.done():
-            said.set_result(False)
-
-    end = child._end.future
-    end.add_done_callback(hear_end)
-    loop.add_reader(gate.fileno(), read)
-    try:
-        if await said:
-            return
-        status = await await_ready(child, said)
-    finally:
-        end.remove_done_callback(hear_end)
-        loop.remove_reader(gate.fileno())
-    if status is not None:
-        raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
-
-
-async def await_ready(child: AbstractChildProcess, said: asyncio.Future[object]) -> ExitStatus | None:
+async def await_ready(child: AbstractChildProcess, said: asyncio.Future[bool]) -> ExitStatus | None:
     """Wait until the child has said something; return None, or how it ended if it said that it never will be ready."""
     end: asyncio.Future[ExitStatus] = child._end.future
-    await asyncio.wait({said, cast("asyncio.Future[object]", end)}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({said, cast("asyncio.Future[bool]", end)}, return_when=asyncio.FIRST_COMPLETED)
     if said.done() and said.result():
         return None
     if not end.done():  # it has closed its end of the gate: in dying, we trust

@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Union
 
-from . import _child, _fork, _linux
+from . import _fork, _linux
 from ._child import Options
 from ._fork import ChildStartError
 from ._forkserver_main import FAILED, FAILURE, GO, PID, REQUEST, STARTED, pack_order
+from ._gate import READY
 from ._process import AbstractChildProcess, watch_forked
 
 # How long a cancelled request waits for the server's word on whether there is a worker to be ended.
@@ -49,7 +50,7 @@ class Request:
         self._abandoned = False
         self.failure = ""  # the traceback, if the worker has told one
         self.outcome: asyncio.Future[Outcome] = loop.create_future()
-        self.ready: asyncio.Future[object] = loop.create_future()  # True, or False if it never will be
+        self.ready: asyncio.Future[bool] = loop.create_future()  # True, or False if it never will be
 
     def order(self, body: bytes, options: Options, on_birth: OnBirth) -> None:
         """Have the worker run what is pickled in `body`."""
@@ -134,7 +135,7 @@ class Request:
             del heard[: 1 + PID.size]
             if self._options is not None and self._options.ready == "auto":
                 self._be_told(True)
-        if heard[:1] == _child.READY:
+        if heard[:1] == READY:
             self._be_told(True)
         elif heard[:1] == FAILED and len(heard) > FAILURE.size:
             self._pid, size = FAILURE.unpack(heard[1 : 1 + FAILURE.size])

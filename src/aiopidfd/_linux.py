@@ -36,6 +36,8 @@ SOURCE_PEEKED: Final = lib.AP_SOURCE_PEEKED
 SOURCE_RECOVERED: Final = lib.AP_SOURCE_RECOVERED
 SOURCE_LOST: Final = lib.AP_SOURCE_LOST
 SOURCE_PENDING: Final = lib.AP_SOURCE_PENDING
+SOURCE_GATE_READY: Final = lib.AP_SOURCE_GATE_READY
+SOURCE_GATE_CLOSED: Final = lib.AP_SOURCE_GATE_CLOSED
 
 # pidfds cannot be used here at all, as against: short of descriptors, or nothing there to open.
 FORBIDDEN: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})
@@ -127,7 +129,7 @@ def can_recover_exit() -> bool:
 
 
 Record = tuple[int, int, int, int, bytes]
-"""pid, pidfd (-1: none), wait status, source (SOURCE_*), rusage."""
+"""pid (of a gate: minus its number), pidfd (-1: none), wait status, source (SOURCE_*), rusage."""
 
 
 class Batch:
@@ -157,7 +159,7 @@ class Batch:
 class Reaper:
     """One epoll descriptor that holds many pidfds. The C contract is in cffi_build/reaper.h."""
 
-    __slots__ = ("_batch", "_fd", "keep_open", "release", "try_add")
+    __slots__ = ("_batch", "_fd", "keep_open", "release", "try_add", "try_let_out")
 
     def __init__(self) -> None:
         """Open it. EMFILE, ENFILE: out of descriptors."""
@@ -167,6 +169,8 @@ class Reaper:
         self._fd = fd
         # Does what `add` does, and returns minus the errno where that raises. No method, whose call costs as much again.
         self.try_add: Callable[[int, int], int] = partial(lib.ap_reaper_add, fd)
+        # The same for a newly forked child, which is then let out of its gate.
+        self.try_let_out: Callable[[int, int], int] = partial(lib.ap_reaper_let_out, fd)
         self._batch = Batch()
         self.keep_open, self.release = self._batch.keep_open, self._batch.release
 
@@ -192,6 +196,13 @@ class Reaper:
         result = lib.ap_reaper_add_wake(self._fd, fd)
         if result < 0:
             raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")
+
+    def open_gate(self, number: int) -> tuple[int, int]:
+        """Make a socket pair for a child that is to be forked, and listen to our end; return both. EMFILE, ENFILE."""
+        result = lib.ap_reaper_open_gate(self._fd, number)
+        if result < 0:
+            raise error(-result, "socketpair()")
+        return result >> 32, result & 0xFFFFFFFF
 
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change the flags of a held pidfd."""
@@ -220,10 +231,10 @@ class Reaper:
         self._batch.struct.woken = 0
 
     def close(self) -> None:
-        """Close the epoll descriptor; in a forked child, the copy of it: what its parent watches stays as it is."""
+        """Close the epoll descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_owned(fd)
 
 
 STEP_PARENT: Final = lib.AP_STEP_PARENT
@@ -351,9 +362,19 @@ def reap_abandoned() -> int:
     return lib.ap_sigchld_reap_abandoned()
 
 
-def forget_sigchld_after_fork() -> None:
-    """In a forked child: put back who was there before our handler, and close the copy of its descriptor."""
-    lib.ap_sigchld_after_fork()
+def own(fd: int) -> None:
+    """Have every forked child close its copy of `fd`, as that of a reaper's descriptors, until `close_owned`."""
+    lib.ap_own(fd)
+
+
+def close_owned(fd: int) -> None:
+    """Close a descriptor that is ours alone."""
+    lib.ap_close_owned(fd)
+
+
+# In a forked child: close the copies of what is owned, and put SIGCHLD back. Neither this nor the next few are functions of
+# Python's, whose pages a newly forked child would have to copy.
+let_go: Final[Callable[[], None]] = lib.ap_let_go
 
 
 def describe_sigchld() -> str:
@@ -363,26 +384,17 @@ def describe_sigchld() -> str:
     return ffi.string(text).decode(errors="replace")
 
 
-def caught_signals() -> list[int]:
-    """Return the signals that have a handler in this process, Python's or a C library's."""
-    mask = lib.ap_caught_signals()
-    return [number for number in range(1, 65) if mask >> (number - 1) & 1]
-
-
-def is_ignored(signal: int) -> bool:
-    """Return whether `signal` is ignored."""
-    return bool(lib.ap_is_ignored(signal))
-
+# Return a mask (bit n - 1 for signal n) of the signals that have a handler in this process, Python's or a C library's.
+caught_signals: Final[Callable[[], int]] = lib.ap_caught_signals
+# Return whether a signal is ignored: 1 or 0.
+is_ignored: Final[Callable[[int], int]] = lib.ap_is_ignored
 
 ALL_SIGNALS: Final = (1 << 64) - 1
 
 
-def set_signal_mask(mask: int) -> int:
-    """Block the signals in `mask` (bit n - 1 for signal n), and no others, in this thread; return what it was.
-
-    As signal.pthread_sigmask, without its sets of enum members: in a new process they take longer than all the rest.
-    """
-    return lib.ap_set_signal_mask(mask)
+# Block the signals in a mask (bit n - 1 for signal n), and no others, in this thread; return what it was. As
+# signal.pthread_sigmask, without its sets of enum members: in a new process they take longer than all the rest.
+set_signal_mask: Final[Callable[[int], int]] = lib.ap_set_signal_mask
 
 
 def set_pdeathsig(signal: int) -> None:
@@ -426,9 +438,14 @@ def _is_uring_worker(thread: str) -> bool:
         return False
 
 
+_detach_epolls: Final = (
+    lib.ap_detach_epolls
+)  # here, since what cffi makes at the first use each forked child would make anew
+
+
 def detach_epolls() -> int:
     """Replace every inherited epoll descriptor of this process by /dev/null; return how many there were."""
-    count = lib.ap_detach_epolls()
+    count = _detach_epolls()
     if count < 0:
         raise error(-count, "opendir(/proc/self/fd)")
     return count

@@ -51,11 +51,10 @@ class AbstractChildProcess(ABC):
         self._registry = registry
         self._child = child
         self._end = end
-        self._pgid = pgid
-        self._detached = False
+        self._give_out(pgid)
 
     def _give_out(self, pgid: int | None) -> None:
-        """Be somebody's handle, after `detach`."""
+        """Be somebody's handle, and no longer detached."""
         self._pgid = pgid
         self._detached = False
 
@@ -190,7 +189,7 @@ class PidfdChildProcess(AbstractChildProcess):
 
     def fileno(self) -> int:
         """Return the pidfd, to poll or to pass on, not to close; -1 once the child has ended."""
-        return self._child.pidfd
+        return -1 if self._registry.closed else self._child.pidfd
 
 
 class PosixChildProcess(AbstractChildProcess):
@@ -227,8 +226,34 @@ def watch_forked(
     """
     loop = loop or asyncio.get_running_loop()
     registry, end = registry_of(loop), _End(loop)
-    child = registry.observe(pid, end, end, check=check, pidfd=pidfd)
-    made = PidfdChildProcess if child.pidfd >= 0 else PosixChildProcess
+    return _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd), end, pgid)
+
+
+def expect_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractChildProcess:
+    """Return the handle, detached, of a child that is about to be forked.
+
+    What can be made before a fork is: after it, every page that is written to is copied first.
+    """
+    registry, end = registry_of(loop), _End(loop)
+    child = registry.expect(end, end)
+    handle = _make_handle(registry, child, end, pgid)
+    handle.detach()
+    return handle
+
+
+def watch_expected(handle: AbstractChildProcess, pid: int, pidfd: int) -> AbstractChildProcess:
+    """Do what `let_out` of the registry cannot: watch an expected child, whatever it takes; return its handle, detached.
+
+    It has just been forked, and cannot end unseen. `pidfd`, or -1, is ours from now on if this succeeds.
+    """
+    registry, end = handle._registry, handle._end
+    handle = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd), end, handle._pgid)
+    handle.detach()
+    return handle
+
+
+def _make_handle(registry: Registry, child: Child, end: _End, pgid: int | None) -> AbstractChildProcess:
+    made = PidfdChildProcess if child.backend.name == "pidfd" else PosixChildProcess
     handle: AbstractChildProcess = made.__new__(made)
     handle._bind(registry, child, end, pgid)
     return handle

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
+from _thread import RLock
 
 from . import _sigchld
+from ._linux import let_go
 from ._registry import Registry
 
 # By the id of their loop. A registry goes as it is closed, which it is before its loop is gone; should a loop not see to
 # that, another one may have its id: hence the look at whose it is. Not weak, since what a child runs first must be short.
 _registries: dict[int, Registry] = {}
-_lock = threading.RLock()  # re-entrant as the registries' own, for Python signal handlers
+_lock = RLock()  # re-entrant as the registries' own, for Python signal handlers
+# What the threading module calls in a child; a new lock would cost ten pages.
+_reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
 _hooked = False
 
 
@@ -58,9 +61,10 @@ def find_registries() -> list[Registry]:
 
 
 def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 - another thread of the parent may have held the lock at the fork
-    _lock = threading.RLock()
+    # Each page that this writes to, and each function that it calls, is a page or more to be copied: so it is short.
+    let_go()
+    _reinit_lock()  # another thread of the parent may have held it
     for registry in _registries.values():
-        registry.forget_in_child()
+        registry.closed = True
     _registries.clear()
     _sigchld.forget_after_fork()

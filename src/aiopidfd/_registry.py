@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from . import _linux
 from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._exit import ExitStatus, Source
+from ._gate import Gate
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
 from ._thief import warn_lost
@@ -23,6 +24,9 @@ _SOURCES: dict[int, Source] = {
     _linux.SOURCE_RECOVERED: "recovered",
     _linux.SOURCE_LOST: "lost",
 }
+
+_GATE_SOURCES = (_linux.SOURCE_GATE_READY, _linux.SOURCE_GATE_CLOSED)
+_GATES = 1 << 21  # numbers, before the first one is used again
 
 _CHECK_CHILD = _linux.ADD_CHECK_CHILD
 
@@ -46,10 +50,12 @@ class Registry:
         # Weak: the loop owns us, by way of its reader. A strong reference would keep it alive in the map of registries.
         self.loop = weakref.ref(loop)
         self._forget = forget
-        self.closed = False
+        self.closed = False  # or set in a forked child, where the lock may be held by a thread that does not exist there
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
-        self._untold: deque[Child] = deque()
+        self._untold: deque[Child | Gate] = deque()
+        self._gates: dict[int, Gate] = {}
+        self._last_gate = 0
         _linux.open_sigchld()  # now: it is for when there are no descriptors left
         self._reaper = _linux.Reaper()
         self._pidfd = PidfdBackend(self._reaper)
@@ -97,9 +103,9 @@ class Registry:
         Raises:
             OSError: as Backend.add.
         """
+        self._check_open()
         with self._lock:
-            if self.closed:
-                raise RuntimeError("the event loop is closed")
+            self._check_open()
             child = self._children.get(pid)
             if child is None or self._is_of_the_past(child):
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
@@ -121,6 +127,39 @@ class Registry:
                     children[pid] = Child(pid, pidfd, self._pidfd, key, observer)
                     return
             self.observe(pid, key, observer, backend=choice)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the event loop is closed, or its process is this one's parent")
+
+    def expect(self, key: object, observer: Observer) -> Child:
+        """Return a child that is to be forked, and will be observed then, by `let_out`."""
+        self._check_open()
+        return Child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
+
+    def let_out(self, child: Child, pid: int, gate: Gate) -> bool:
+        """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
+        with self._lock:
+            if pid in self._children or self.closed or child.backend is not self._pidfd:
+                return False
+            pidfd = self._reaper.try_let_out(pid, gate.fd)
+            if pidfd < 0:
+                return False
+            child.pid, child.pidfd = pid, pidfd
+            self._children[pid] = child
+            return True
+
+    def open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
+        """Make the gate of a child that is to be forked. OSError: EMFILE, ENFILE, out of descriptors."""
+        self._check_open()
+        self._last_gate = self._last_gate % _GATES + 1
+        gate = self._gates[self._last_gate] = Gate(loop, self._reaper, self._last_gate)
+        return gate
+
+    def close_gate(self, gate: Gate) -> None:
+        """Close it; a child that still stands there ends."""
+        self._gates.pop(gate.number, None)
+        gate.close()
 
     def _is_of_the_past(self, child: Child) -> bool:
         """Return whether `child` was reaped by somebody else and its number is another process's; if so, it will be told."""
@@ -192,6 +231,8 @@ class Registry:
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
+        if self.closed:
+            return False
         with self._lock:
             child = self._children.get(pid)
             if child is None or not child.remove_observer(key):
@@ -209,6 +250,8 @@ class Registry:
 
     def unobserve_all(self, key: object) -> list[int]:
         """Take back every `observe` of `key`; return the pids."""
+        if self.closed:
+            return []
         with self._lock:
             return [pid for pid in tuple(self._children) if self.unobserve(pid, key)]
 
@@ -221,6 +264,8 @@ class Registry:
 
     def send_signal(self, child: Child, signal: int) -> bool:
         """Signal `child`; return False if it has ended and there is nobody to signal."""
+        if self.closed:
+            return False
         with self._lock:
             if child.end is not None or child.pid not in self._children:
                 return False
@@ -232,6 +277,8 @@ class Registry:
 
     def signal_group(self, child: Child, pgid: int, signal: int) -> bool:
         """Signal the process group `pgid`, which `child` keeps from being recycled; return False if the child has ended."""
+        if self.closed:
+            return False
         with self._lock:
             if child.end is not None or child.pid not in self._children:
                 return False
@@ -256,6 +303,7 @@ class Registry:
                 except (SystemExit, KeyboardInterrupt):
                     raise
                 except BaseException as exc:
+                    assert isinstance(child, Child)  # a gate tells only us
                     self._report(exc, child.pid)
                 else:
                     untold.popleft()
@@ -285,7 +333,9 @@ class Registry:
             pid, _, status, source, rusage = record
             child = children.get(pid)
             if child is None:
-                continue  # unobserved since by a signal handler; or noted already, before an interrupt
+                if source in _GATE_SOURCES:
+                    self._note_gate(-pid, source == _linux.SOURCE_GATE_READY)
+                continue  # else unobserved since by a signal handler; or noted already, before an interrupt
             if source == pending:
                 if child.stranger:
                     self._give_stranger_time(child)
@@ -294,6 +344,12 @@ class Registry:
                 untold.append(child)
                 child.pidfd = -1
                 del children[pid]
+
+    def _note_gate(self, number: int, ready: bool) -> None:
+        gate = self._gates.pop(number, None)
+        if gate is not None:
+            gate.hear(ready)
+            self._untold.append(gate)
 
     def _check_later(self) -> None:
         loop = self.loop()
@@ -344,35 +400,24 @@ class Registry:
 
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
+        if self.closed:
+            return
         with self._lock:
             if self.closed:
                 return
             self.closed = True
             left = [child.pid for child in self._children.values() if not (child.peek or child.stranger)]
-            self._close_descriptors()
+            self._reaper.close()
+            if self._sigchld is not None:
+                self._sigchld.close()
+            for child in self._children.values():
+                if child.pidfd >= 0:
+                    _linux.close_owned(child.pidfd)
+                    child.pidfd = -1
+            self._children.clear()
         self._forget(self)
         if left:
             abandon(left)
-
-    def _close_descriptors(self) -> None:
-        self._reaper.close()
-        if self._sigchld is not None:
-            self._sigchld.close()
-        for child in self._children.values():
-            if child.pidfd >= 0:
-                os.close(child.pidfd)
-                child.pidfd = -1
-        self._children.clear()
-
-    def forget_in_child(self) -> None:
-        """In a forked child: close the copies of the descriptors. What the parent watches stays as it is.
-
-        The lock is not taken: another thread of the parent may have held it, and that thread does not exist here.
-        """
-        self._sigchld = None  # its counts are the parent's
-        if not self.closed:
-            self.closed = True
-            self._close_descriptors()
 
 
 class _Reader:

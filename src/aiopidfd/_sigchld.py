@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
+from _thread import RLock
 from collections.abc import Callable, Iterator
 
 from . import _linux
@@ -16,7 +16,8 @@ from ._backend import Backend, logger
 CHECK_INTERVAL_S = 1.0
 
 # The handler is the process's; it is in place while any loop watches a child by it. Re-entrant for Python signal handlers.
-_lock = threading.RLock()
+_lock = RLock()
+_reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
 _watched = 0
 _abandoned = False
 _replaced: tuple[float, str] = (0.0, "")  # when our handler was found replaced while it was needed, and by what
@@ -64,11 +65,11 @@ def recent_replacement() -> str:
 
 
 def forget_after_fork() -> None:
-    """In a forked child: the handler, and all that it watches, are the parent's."""
-    global _lock, _watched, _abandoned  # noqa: PLW0603 - another thread of the parent may have held the lock
-    _lock = threading.RLock()
-    _watched, _abandoned = 0, False
-    _linux.forget_sigchld_after_fork()
+    """In a forked child: the handler, which `let_go` has put away, and all that it watches, are the parent's."""
+    global _watched, _abandoned
+    _reinit_lock()  # another thread of the parent may have held it
+    if _watched or _abandoned:
+        _watched, _abandoned = 0, False
 
 
 def abandon(pids: list[int]) -> None:

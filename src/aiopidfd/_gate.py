@@ -1,0 +1,59 @@
+"""The gate of one forked child: where it waits until it is watched, and on which it says that it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+
+from . import _linux
+
+GO = b"g"  # from the parent: you are watched
+READY = b"r"
+
+
+class Gate:
+    """The parent's end of it, which the reaper listens to.
+
+    Made before the fork, as all that can be: after it, every page that is written to is copied first.
+    """
+
+    __slots__ = ("_heard", "child_fd", "fd", "number", "said")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, reaper: _linux.Reaper, number: int) -> None:
+        """Make it; `number` is its own among those of the reaper. OSError: EMFILE, ENFILE, out of descriptors."""
+        self.number = number
+        self.said: asyncio.Future[bool] = loop.create_future()  # whether the child is ready, or never will be
+        self._heard: bool | None = None
+        self.fd, self.child_fd = reaper.open_gate(number)
+
+    def open(self) -> None:
+        """Let the child out."""
+        with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
+            os.write(self.fd, GO)
+
+    def hear(self, ready: bool) -> None:
+        """Hear, in any thread, whether the child is ready."""
+        self._heard = ready
+
+    def tell(self) -> bool:
+        """Tell who waits, in the loop's thread; return False if there is nothing to tell."""
+        heard, self._heard = self._heard, None
+        if heard is None:
+            return False
+        if not self.said.done():
+            self.said.set_result(heard)
+        return True
+
+    def hear_end(self, _: object) -> None:
+        """Hear, in the loop's thread, that the child has ended. It may have said that it is ready, just before."""
+        if not self.said.done():
+            try:
+                word = os.read(self.fd, 1)
+            except (BlockingIOError, ConnectionError):  # read already and about to be told, or ended with our word unread
+                word = b""
+            self.said.set_result(bool(word) or self._heard is True)
+
+    def close(self) -> None:
+        """Close it. A child that still stands there ends."""
+        _linux.close_owned(self.fd)
