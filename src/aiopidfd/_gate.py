@@ -37,13 +37,10 @@ class Gate:
         self._heard = ready
 
     def tell(self) -> bool:
-        """Tell who waits, in the loop's thread; return False if there is nothing to tell."""
-        heard, self._heard = self._heard, None
-        if heard is None:
-            return False
+        """Tell who waits, in the loop's thread; return False: there is nobody else to be told."""
         if not self.said.done():
-            self.said.set_result(heard)
-        return True
+            self.said.set_result(self._heard is True)
+        return False
 
     def hear_end(self, _: object) -> None:
         """Hear, in the loop's thread, that the child has ended. It may have said that it is ready, just before."""

@@ -16,7 +16,7 @@ from ._gate import Gate
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
 from ._thief import warn_lost
-from ._watched import Child, Observer
+from ._watched import Args, Child, Observer
 
 _SOURCES: dict[int, Source] = {
     _linux.SOURCE_REAPED: "reaped",
@@ -84,13 +84,14 @@ class Registry:
         key: object,
         observer: Observer,
         *,
+        args: Args = None,
         reap: bool = True,
         check: bool = True,
         stranger: bool = False,
         pidfd: int = -1,
         backend: Choice = "auto",
     ) -> Child:
-        """Have `observer` called with the ExitStatus of `pid`, once, in the loop's thread.
+        """Have `observer` called with the ExitStatus of `pid`, or with pid, returncode, *args, once, in the loop's thread.
 
         Args:
             key: whose observer this is; the same key again replaces it.
@@ -111,22 +112,24 @@ class Registry:
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
             elif pidfd >= 0:
                 os.close(pidfd)
-            child.add_observer(key, observer)
+            child.add_observer(key, observer, args)
             if child.peekers or not reap:
                 child.peekers = child.peekers - {key} if reap else child.peekers | {key}
                 self._agree_on_peek(child)
             return child
 
-    def observe_child(self, pid: int, key: object, observer: Observer, choice: Choice) -> None:
+    def observe_child(
+        self, pid: int, key: object, observer: Callable[..., object], args: tuple[object, ...], choice: Choice
+    ) -> None:
         """Do what `observe` does for a child that it is told of by pid, in fewer steps where nothing is out of the way."""
         children = self._children
         with self._lock:
             if pid not in children and not self.closed and choose(choice) == "pidfd":
                 pidfd = self._reaper.try_add(pid, _CHECK_CHILD)
                 if pidfd >= 0:
-                    children[pid] = Child(pid, pidfd, self._pidfd, key, observer)
+                    children[pid] = Child(pid, pidfd, self._pidfd, key, observer, args)
                     return
-            self.observe(pid, key, observer, backend=choice)
+            self.observe(pid, key, observer, args=args, backend=choice)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -305,7 +308,8 @@ class Registry:
                 except BaseException as exc:
                     assert isinstance(child, Child)  # a gate tells only us
                     self._report(exc, child.pid)
-                else:
+                    continue
+                if untold and untold[0] is child:  # else an observer has had the loop run, and so us
                     untold.popleft()
         except BaseException:
             # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from os import waitstatus_to_exitcode
-from typing import Any, Union
+from typing import Any, Optional
 
 from ._backend import Backend
 from ._exit import ExitStatus
 from ._linux import Record
 
-Handler = tuple[Callable[..., object], tuple[Any, ...]]
-"""A watcher's callback(pid, returncode, *args), and those args."""
+Observer = Callable[..., object]
+"""Called with an ExitStatus or, where there are args to it, with pid, returncode, *args."""
 
-Observer = Union[Callable[[ExitStatus], object], Handler]
+Args = Optional[tuple[Any, ...]]
 
 _NOBODY: AbstractSet[object] = frozenset()
 
@@ -29,33 +29,36 @@ class Child:
     is a place for one, and a dict only for others. What there is for each child counts when there are thousands.
     """
 
-    __slots__ = ("_key", "_observer", "_others", "backend", "end", "peek", "peekers", "pid", "pidfd", "stranger")
+    __slots__ = ("_args", "_key", "_observer", "_others", "backend", "end", "peek", "peekers", "pid", "pidfd", "stranger")
 
-    def __init__(self, pid: int, pidfd: int, backend: Backend, key: object, observer: Observer | None) -> None:
+    def __init__(  # noqa: PLR0917 - by position, which is faster
+        self, pid: int, pidfd: int, backend: Backend, key: object, observer: Observer | None, args: Args = None
+    ) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.backend = backend
         self._key = key
         self._observer = observer
-        self._others: dict[object, Observer] | None = None
+        self._args = args
+        self._others: dict[object, tuple[Observer, Args]] | None = None
         self.end: Record | ExitStatus | None = None
         self.peek = False
         self.stranger = False
         self.peekers: AbstractSet[object] = _NOBODY  # the observers that asked for reap=False
 
-    def add_observer(self, key: object, observer: Observer) -> None:
+    def add_observer(self, key: object, observer: Observer, args: Args) -> None:
         """Have this observer told, instead of the one that has this key if there is one."""
         if self._key is key or (self._observer is None and not self._others):
-            self._key, self._observer = key, observer
+            self._key, self._observer, self._args = key, observer, args
         else:
             if self._others is None:
                 self._others = {}
-            self._others[key] = observer
+            self._others[key] = observer, args
 
     def remove_observer(self, key: object) -> bool:
         """Return whether there was an observer with this key."""
         if self._key is key and self._observer is not None:
-            self._key = self._observer = None
+            self._key = self._observer = self._args = None
             return True
         return self._others is not None and self._others.pop(key, None) is not None
 
@@ -64,22 +67,21 @@ class Child:
         return (self._observer is not None) + (len(self._others) if self._others else 0)
 
     def tell(self) -> bool:
-        """Tell one observer of the end, who then is none any more; return False if there is nobody to tell, or nothing."""
-        end, observer = self.end, self._observer
+        """Tell one observer of the end, who then is none any more; return whether there are others to be told."""
+        end, observer, args = self.end, self._observer, self._args
         if end is None:
             return False
         if observer is not None:
             self._observer = None
         elif self._others:
-            _, observer = self._others.popitem()
+            _, (observer, args) = self._others.popitem()
         else:
             return False
-        if isinstance(observer, tuple):
-            callback, args = observer
-            callback(self.pid, end.returncode if isinstance(end, ExitStatus) else waitstatus_to_exitcode(end[2]), *args)
+        if args is not None:
+            observer(self.pid, end.returncode if isinstance(end, ExitStatus) else waitstatus_to_exitcode(end[2]), *args)
         else:
             if not isinstance(end, ExitStatus):
                 pid, _, status, _, rusage = end
                 end = self.end = ExitStatus(pid, status, "reaped", rusage)
             observer(end)
-        return True
+        return self._others is not None and len(self._others) > 0

@@ -137,7 +137,7 @@ with warnings.catch_warnings():
             registry = self._registry
             if registry is None or registry.closed or registry.loop() is not (_get_running_loop() or self._loop):
                 registry = self._get_registry()
-            registry.observe_child(pid, self, (callback, args), self._backend)
+            registry.observe_child(pid, self, callback, args, self._backend)
 
         def remove_child_handler(self, pid: int) -> bool:
             """Take back `add_child_handler`; return whether there was a handler. The child is no longer reaped by us."""
