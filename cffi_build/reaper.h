@@ -37,7 +37,7 @@ int ap_reaper_modify(int reaper, int pid, int pidfd, int flags);
 int ap_reaper_add_wake(int reaper, int fd);
 
 /* Make a gate for a child that is to be forked: a socket pair, both ends close-on-exec. The reaper holds ours, which does not
- * block, until it has told once of a byte or the end of the stream, as an exit whose pid is minus `number` (up to 2^22).
+ * block, until it has told once of a byte or the end of the stream, as an exit whose pid is minus `number` (below 2^30).
  * Returns ours << 32 | the child's; close them by ap_close_owned and close. */
 long long ap_reaper_open_gate(int reaper, int number);
 

@@ -565,7 +565,7 @@ async def test_gate_has_one_holder_on_either_side() -> None:
     """While one child is not ready, another one is forked: it must not hold the first one's gate."""
     starting = asyncio.ensure_future(afork(block, ready="manual"))
     await asyncio.sleep(0.02)
-    (gate,) = registry_of(asyncio.get_running_loop())._gates.values()
+    (gate,) = registry_of(asyncio.get_running_loop()).gates._gates.values()
     inode = os.fstat(gate.fd).st_ino
 
     def look() -> int:

@@ -106,7 +106,7 @@ async def start_child(
         raise
     finally:
         child._end.future.remove_done_callback(gate.hear_end)
-        child._registry.close_gate(gate)
+        child._registry.gates.close(gate)
     child._detached = False
     return child
 
@@ -175,7 +175,7 @@ def _fork(
     child = expect_child(loop, options.pgid)  # fails before the fork if it must
     hook_forks()
     with _fork_lock:
-        gate = child._registry.open_gate(loop)
+        gate = child._registry.gates.open(loop)
         try:
             child._end.future.add_done_callback(gate.hear_end)
             _child.flush_streams()  # else both of us would write what is buffered
@@ -195,7 +195,7 @@ def _fork(
             finally:
                 _linux.set_signal_mask(old_mask)
         except BaseException:
-            child._registry.close_gate(gate)
+            child._registry.gates.close(gate)
             raise
         finally:
             os.close(gate.child_fd)

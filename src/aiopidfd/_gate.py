@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 
-from . import _linux
+from . import _linux, _reaper
 
 GO = b"g"  # from the parent: you are watched
 READY = b"r"
+
+_NUMBERS = (1 << 30) - 1  # before the first one is used again
 
 
 class Gate:
@@ -20,8 +22,8 @@ class Gate:
 
     __slots__ = ("_heard", "child_fd", "fd", "number", "said")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, reaper: _linux.Reaper, number: int) -> None:
-        """Make it; `number` is its own among those of the reaper. OSError: EMFILE, ENFILE, out of descriptors."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, reaper: _reaper.Reaper, number: int) -> None:
+        """Make it. OSError: EMFILE, ENFILE, out of descriptors."""
         self.number = number
         self.said: asyncio.Future[bool] = loop.create_future()  # whether the child is ready, or never will be
         self._heard: bool | None = None
@@ -51,6 +53,28 @@ class Gate:
                 word = b""
             self.said.set_result(bool(word) or self._heard is True)
 
-    def close(self) -> None:
+
+class Gates:
+    """The gates of one loop's children that are not ready yet, by number: a descriptor's may soon be another gate's."""
+
+    __slots__ = ("_gates", "_last", "_reaper")
+
+    def __init__(self, reaper: _reaper.Reaper) -> None:
+        self._reaper = reaper
+        self._gates: dict[int, Gate] = {}
+        self._last = 0
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> Gate:
+        """Make the gate of a child that is to be forked. OSError: EMFILE, ENFILE, out of descriptors."""
+        self._last = self._last % _NUMBERS + 1
+        gate = self._gates[self._last] = Gate(loop, self._reaper, self._last)
+        return gate
+
+    def find(self, number: int) -> Gate | None:
+        """Return the gate, unless it was closed."""
+        return self._gates.get(number)
+
+    def close(self, gate: Gate) -> None:
         """Close it. A child that still stands there ends."""
-        _linux.close_owned(self.fd)
+        del self._gates[gate.number]
+        _linux.close_owned(gate.fd)

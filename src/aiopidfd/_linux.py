@@ -17,8 +17,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
@@ -27,17 +26,6 @@ from ._ext import ffi, lib
 P_PID: Final = 1
 P_PIDFD: Final = 3
 PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # Linux 6.9; EINVAL before
-
-ADD_PEEK: Final = lib.AP_ADD_PEEK
-ADD_CHECK_CHILD: Final = lib.AP_ADD_CHECK_CHILD
-
-SOURCE_REAPED: Final = lib.AP_SOURCE_REAPED
-SOURCE_PEEKED: Final = lib.AP_SOURCE_PEEKED
-SOURCE_RECOVERED: Final = lib.AP_SOURCE_RECOVERED
-SOURCE_LOST: Final = lib.AP_SOURCE_LOST
-SOURCE_PENDING: Final = lib.AP_SOURCE_PENDING
-SOURCE_GATE_READY: Final = lib.AP_SOURCE_GATE_READY
-SOURCE_GATE_CLOSED: Final = lib.AP_SOURCE_GATE_CLOSED
 
 # pidfds cannot be used here at all, as against: short of descriptors, or nothing there to open.
 FORBIDDEN: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})
@@ -88,8 +76,8 @@ class Exit(NamedTuple):
     rusage: bytes
 
 
-_RECORD: Final = struct.Struct(f"@4i{RUSAGE_SIZE}s")
-if _RECORD.size != ffi.sizeof("ap_exit"):
+RECORD: Final = struct.Struct(f"@4i{RUSAGE_SIZE}s")
+if RECORD.size != ffi.sizeof("ap_exit"):
     raise ImportError("aiopidfd._ext was built for another architecture; install aiopidfd anew")
 
 
@@ -101,7 +89,7 @@ def wait_id(idtype: int, id_: int, options: int) -> Exit | None:
         raise error(-result, f"waitid({'pidfd' if idtype == P_PIDFD else 'pid'} {id_})")
     if result == 0:
         return None
-    pid, _, status, source, rusage = _RECORD.unpack(ffi.buffer(ended))
+    pid, _, status, source, rusage = RECORD.unpack(ffi.buffer(ended))
     return Exit(pid, status, source, rusage)
 
 
@@ -128,115 +116,6 @@ def can_recover_exit() -> bool:
     return result == 1
 
 
-Record = tuple[int, int, int, int, bytes]
-"""pid (of a gate: minus its number), pidfd (-1: none), wait status, source (SOURCE_*), rusage."""
-
-
-class Batch:
-    """What was reaped and nobody has been told yet: an `ap_batch`."""
-
-    __slots__ = ("_records", "struct")
-
-    def __init__(self) -> None:
-        self.struct = ffi.new("ap_batch *")
-        self._records = memoryview(ffi.buffer(self.struct))[ffi.offsetof("ap_batch", "exits") :]
-
-    def records(self, count: int) -> Iterator[Record]:
-        """Return the first `count` records."""
-        return _RECORD.iter_unpack(self._records[: count * _RECORD.size])
-
-    def keep_open(self, pidfd: int) -> None:
-        """Take `pidfd` out of the batch: somebody else has closed it."""
-        for i in range(self.struct.count):
-            if self.struct.exits[i].pidfd == pidfd:
-                self.struct.exits[i].pidfd = -1
-
-    def release(self) -> None:
-        """Close the pidfds of the batch and empty it."""
-        lib.ap_batch_release(self.struct)
-
-
-class Reaper:
-    """One epoll descriptor that holds many pidfds. The C contract is in cffi_build/reaper.h."""
-
-    __slots__ = ("_batch", "_fd", "keep_open", "release", "try_add", "try_let_out")
-
-    def __init__(self) -> None:
-        """Open it. EMFILE, ENFILE: out of descriptors."""
-        fd = lib.ap_reaper_open()
-        if fd < 0:
-            raise error(-fd, "epoll_create1()")
-        self._fd = fd
-        # Does what `add` does, and returns minus the errno where that raises. No method, whose call costs as much again.
-        self.try_add: Callable[[int, int], int] = partial(lib.ap_reaper_add, fd)
-        # The same for a newly forked child, which is then let out of its gate.
-        self.try_let_out: Callable[[int, int], int] = partial(lib.ap_reaper_let_out, fd)
-        self._batch = Batch()
-        self.keep_open, self.release = self._batch.keep_open, self._batch.release
-
-    def fileno(self) -> int:
-        """Return the epoll descriptor; -1 once closed."""
-        return self._fd
-
-    def add(self, pid: int, flags: int) -> int:
-        """Open a pidfd for `pid` and hold it; return it. Errors as in reaper.h."""
-        pidfd = lib.ap_reaper_add(self._fd, pid, flags)
-        if pidfd < 0:
-            raise error(-pidfd, f"cannot watch pid {pid}")
-        return pidfd
-
-    def adopt(self, pid: int, pidfd: int, flags: int) -> None:
-        """Hold an open pidfd. EEXIST: held already; EBADF, EPERM: not a pidfd."""
-        result = lib.ap_reaper_adopt(self._fd, pid, pidfd, flags)
-        if result < 0:
-            raise error(-result, f"cannot watch pid {pid} by pidfd {pidfd}")
-
-    def add_wake(self, fd: int) -> None:
-        """Hold a descriptor that is no pidfd: each write to it makes us readable, and `woken` true."""
-        result = lib.ap_reaper_add_wake(self._fd, fd)
-        if result < 0:
-            raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")
-
-    def open_gate(self, number: int) -> tuple[int, int]:
-        """Make a socket pair for a child that is to be forked, and listen to our end; return both. EMFILE, ENFILE."""
-        result = lib.ap_reaper_open_gate(self._fd, number)
-        if result < 0:
-            raise error(-result, "socketpair()")
-        return result >> 32, result & 0xFFFFFFFF
-
-    def modify(self, pid: int, pidfd: int, flags: int) -> None:
-        """Change the flags of a held pidfd."""
-        result = lib.ap_reaper_modify(self._fd, pid, pidfd, flags)
-        if result < 0:
-            raise error(-result, f"cannot change how pid {pid} is watched")
-
-    def remove(self, pidfd: int) -> None:
-        """Let go of a pidfd and close it."""
-        lib.ap_reaper_remove(self._fd, pidfd)
-
-    def reap(self) -> Iterator[Record]:
-        """Reap what has ended and return it, together with what was reaped before and not released yet."""
-        count = lib.ap_reaper_reap(self._fd, self._batch.struct)
-        if count < 0:
-            raise error(-count, "epoll_wait()")
-        return self._batch.records(count)
-
-    @property
-    def woken(self) -> bool:
-        """Whether the wake descriptor was written to, until `clear_woken`."""
-        return bool(self._batch.struct.woken)
-
-    def clear_woken(self) -> None:
-        """Say that the wake was heeded."""
-        self._batch.struct.woken = 0
-
-    def close(self) -> None:
-        """Close the epoll descriptor."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            close_owned(fd)
-
-
 STEP_PARENT: Final = lib.AP_STEP_PARENT
 STEP_SETUP: Final = lib.AP_STEP_SETUP
 STEP_CHDIR: Final = lib.AP_STEP_CHDIR
@@ -252,7 +131,7 @@ def _block(strings: Sequence[bytes]) -> bytes:
 
 
 def spawn(
-    reaper: Reaper,
+    reaper: int,
     paths: Sequence[bytes],
     argv: Sequence[bytes],
     *,
@@ -264,13 +143,15 @@ def spawn(
     pgid: int,
     flags: int,
 ) -> tuple[int, int, int]:
-    """Start a program, and hold its pidfd in the reaper. The C contract, and what each means, is in cffi_build/spawn.h.
+    """Start a program, and hold its pidfd in the reaper of that descriptor.
+
+    The C contract, and what each argument means, is in cffi_build/spawn.h.
 
     No string may hold a NUL byte. Returns the program's pid and pidfd, and STEP_EXEC. If that fails: minus the errno, -1,
     and the step (STEP_*) that failed; then there is no child.
     """
     result = lib.ap_spawn(
-        reaper.fileno(),
+        reaper,
         _block(paths),
         len(paths),
         _block(argv),
@@ -288,42 +169,6 @@ def spawn(
     if result > 0:
         return result >> 32, result & 0xFFFFFFFF, STEP_EXEC
     return -(-result & 0xFFFF), -1, -result >> 16
-
-
-BATCH_SIZE: Final = lib.AP_BATCH
-
-
-class Pids:
-    """The children that one loop watches by pid, and their reaping. The C contract is in cffi_build/sigchld.h."""
-
-    __slots__ = ("_batch", "_pids", "keep_open", "release")
-
-    def __init__(self) -> None:
-        self._pids = ffi.gc(ffi.new("ap_pids *"), lib.ap_pids_clear)
-        self._batch = Batch()
-        self.keep_open, self.release = self._batch.keep_open, self._batch.release
-
-    def __len__(self) -> int:
-        return int(self._pids.count)
-
-    def add(self, pid: int, peek: bool) -> None:
-        """Add a child, or change whether it is only peeked at."""
-        if lib.ap_pids_add(self._pids, pid, peek) < 0:
-            raise MemoryError
-
-    def remove(self, pid: int) -> bool:
-        """Remove a child; return whether it was there."""
-        return lib.ap_pids_remove(self._pids, pid) == 1
-
-    @property
-    def deferred(self) -> bool:
-        """Whether the last `reap` has left something to be looked for by another one, soon."""
-        return bool(self._pids.deferred)
-
-    def reap(self, scan: bool) -> tuple[int, Iterator[Record]]:
-        """Reap what has ended; return how many there are, and what. `scan`: ask for each child."""
-        count = lib.ap_sigchld_reap(self._pids, scan, self._batch.struct)
-        return count, self._batch.records(count)
 
 
 def open_sigchld() -> int:

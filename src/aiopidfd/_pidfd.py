@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from . import _linux
+from . import _linux, _reaper
 from ._backend import Backend
 
 
@@ -16,7 +16,7 @@ class PidfdBackend(Backend):
 
     name = "pidfd"
 
-    def __init__(self, reaper: _linux.Reaper) -> None:
+    def __init__(self, reaper: _reaper.Reaper) -> None:
         self._reaper = reaper
 
     def add(self, pid: int, flags: int) -> int:

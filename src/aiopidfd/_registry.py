@@ -6,29 +6,21 @@ import asyncio
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 
-from . import _linux
+from . import _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
-from ._exit import ExitStatus, Source
-from ._gate import Gate
+from ._ends import Ends, exit_status
+from ._exit import ExitStatus
+from ._gate import Gate, Gates
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
-from ._thief import warn_lost
 from ._watched import Args, Child, Observer
 
-_SOURCES: dict[int, Source] = {
-    _linux.SOURCE_REAPED: "reaped",
-    _linux.SOURCE_PEEKED: "peeked",
-    _linux.SOURCE_RECOVERED: "recovered",
-    _linux.SOURCE_LOST: "lost",
-}
+# How many batches one call of the loop reaps and tells of at most, before others have their turn.
+_BATCHES = 4
 
-_GATE_SOURCES = (_linux.SOURCE_GATE_READY, _linux.SOURCE_GATE_CLOSED)
-_GATES = 1 << 21  # numbers, before the first one is used again
-
-_CHECK_CHILD = _linux.ADD_CHECK_CHILD
+_CHECK_CHILD = _reaper.ADD_CHECK_CHILD
 
 # How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
 STRANGER_GRACE_S = 1.0
@@ -53,11 +45,10 @@ class Registry:
         self.closed = False  # or set in a forked child, where the lock may be held by a thread that does not exist there
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
-        self._untold: deque[Child | Gate] = deque()
-        self._gates: dict[int, Gate] = {}
-        self._last_gate = 0
+        self._ends = Ends(self.loop)
         _linux.open_sigchld()  # now: it is for when there are no descriptors left
-        self._reaper = _linux.Reaper()
+        self._reaper = _reaper.Reaper()
+        self.gates = Gates(self._reaper)
         self._pidfd = PidfdBackend(self._reaper)
         self._sigchld: SigchldBackend | None = None
         self._checking = False
@@ -152,18 +143,6 @@ class Registry:
             self._children[pid] = child
             return True
 
-    def open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
-        """Make the gate of a child that is to be forked. OSError: EMFILE, ENFILE, out of descriptors."""
-        self._check_open()
-        self._last_gate = self._last_gate % _GATES + 1
-        gate = self._gates[self._last_gate] = Gate(loop, self._reaper, self._last_gate)
-        return gate
-
-    def close_gate(self, gate: Gate) -> None:
-        """Close it; a child that still stands there ends."""
-        self._gates.pop(gate.number, None)
-        gate.close()
-
     def _is_of_the_past(self, child: Child) -> bool:
         """Return whether `child` was reaped by somebody else and its number is another process's; if so, it will be told."""
         if not child.backend.is_recycled(child.pid, child.pidfd):
@@ -198,8 +177,8 @@ class Registry:
         return child
 
     def _try(self, backend: Backend, pid: int, pidfd: int, *, check: bool, stranger: bool, peek: bool) -> Child:
-        flags = _linux.ADD_PEEK if peek else 0
-        checked = flags | _linux.ADD_CHECK_CHILD if check else flags
+        flags = _reaper.ADD_PEEK if peek else 0
+        checked = flags | _reaper.ADD_CHECK_CHILD if check else flags
         foreign = False
         if pidfd >= 0:
             pidfd = backend.adopt(pid, pidfd, checked)
@@ -219,7 +198,7 @@ class Registry:
             self._sigchld = SigchldBackend(self._reaper)
         return self._sigchld
 
-    def reaper_to_spawn_into(self) -> _linux.Reaper | None:
+    def reaper_to_spawn_into(self) -> _reaper.Reaper | None:
         """Return what is to hold the pidfd of a program that is started; None where pidfds are forbidden."""
         return self._reaper if choose("auto") == "pidfd" else None
 
@@ -262,7 +241,7 @@ class Registry:
         """Reap if one observer wants the process reaped, peek if all of them leave it."""
         peek = len(child.peekers) == child.count_observers()
         if peek is not child.peek:
-            child.backend.modify(child.pid, child.pidfd, _linux.ADD_PEEK if peek else 0)
+            child.backend.modify(child.pid, child.pidfd, _reaper.ADD_PEEK if peek else 0)
             child.peek = peek
 
     def send_signal(self, child: Child, signal: int) -> bool:
@@ -292,25 +271,14 @@ class Registry:
             return True
 
     def collect(self) -> None:
-        """Reap what has ended and tell the observers."""
+        """Reap what has ended and tell the observers: some batches of them, for each round of the loop costs, too."""
         try:
-            with self._lock:
-                self._reap()
-            untold = self._untold
-            while untold:
-                child = untold[0]
-                # Told one by one, so that nobody is told twice and nobody is forgotten when one of them raises.
-                try:
-                    if child.tell():
-                        continue
-                except (SystemExit, KeyboardInterrupt):
-                    raise
-                except BaseException as exc:
-                    assert isinstance(child, Child)  # a gate tells only us
-                    self._report(exc, child.pid)
-                    continue
-                if untold and untold[0] is child:  # else an observer has had the loop run, and so us
-                    untold.popleft()
+            for _ in range(_BATCHES):
+                with self._lock:
+                    is_full = self._reap()
+                self._ends.tell()
+                if not is_full:
+                    break
         except BaseException:
             # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
             loop = self.loop()
@@ -318,42 +286,42 @@ class Registry:
                 loop.call_soon(self.collect)
             raise
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Return whether the batch was full, so that there may be more."""
         if self.closed:
-            return
+            return False
         reaper = self._reaper
-        self._note(reaper.reap())
+        count, records = reaper.reap()
+        self._note(records)
         reaper.release()
         if reaper.woken:
             if self._sigchld is not None:
                 self._note(self._sigchld.reap(scan=False))
             reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
+        return count == _reaper.BATCH_SIZE
 
-    def _note(self, records: Iterator[_linux.Record]) -> None:
+    def _note(self, records: Iterator[_reaper.Record]) -> None:
         """Take what was reaped off the watched children, and on to those whose observers are to be told."""
-        children, untold = self._children, self._untold
-        reaped, pending = _linux.SOURCE_REAPED, _linux.SOURCE_PENDING
+        children, untold = self._children, self._ends.untold
+        reaped, pending = _reaper.SOURCE_REAPED, _reaper.SOURCE_PENDING
         for record in records:
             pid, _, status, source, rusage = record
             child = children.get(pid)
             if child is None:
-                if source in _GATE_SOURCES:
-                    self._note_gate(-pid, source == _linux.SOURCE_GATE_READY)
+                if source >= _reaper.SOURCE_GATE_READY:
+                    gate = self.gates.find(-pid)
+                    if gate is not None:
+                        gate.hear(source == _reaper.SOURCE_GATE_READY)
+                        untold.append(gate)
                 continue  # else unobserved since by a signal handler; or noted already, before an interrupt
             if source == pending:
                 if child.stranger:
                     self._give_stranger_time(child)
             else:
-                child.end = record if source == reaped else self._exit_status(child, status, source, rusage)
+                child.end = record if source == reaped else exit_status(child, status, source, rusage)
                 untold.append(child)
                 child.pidfd = -1
                 del children[pid]
-
-    def _note_gate(self, number: int, ready: bool) -> None:
-        gate = self._gates.pop(number, None)
-        if gate is not None:
-            gate.hear(ready)
-            self._untold.append(gate)
 
     def _check_later(self) -> None:
         loop = self.loop()
@@ -372,15 +340,6 @@ class Registry:
             self._note(self._sigchld.check())
         self.collect()
 
-    def _exit_status(self, child: Child, status: int, source: int, rusage: bytes) -> ExitStatus:
-        if source <= _linux.SOURCE_PEEKED:
-            return ExitStatus(child.pid, status, _SOURCES[source], rusage)
-        if source == _linux.SOURCE_LOST:
-            if child.stranger:
-                return ExitStatus(child.pid, 0, "not-child")
-            warn_lost(child.pid)
-        return ExitStatus(child.pid, status, _SOURCES[source])
-
     def _give_stranger_time(self, child: Child) -> None:
         loop = self.loop()
         if loop is not None:
@@ -394,13 +353,8 @@ class Registry:
             del self._children[child.pid]
             child.backend.remove(child.pid, child.pidfd)
             child.end, child.pidfd = ExitStatus(child.pid, 0, "not-child"), -1
-            self._untold.append(child)
+            self._ends.untold.append(child)
         self.collect()
-
-    def _report(self, exc: BaseException, pid: int) -> None:
-        loop = self.loop()
-        if loop is not None:
-            loop.call_exception_handler({"message": f"Exception in the exit callback for pid {pid}", "exception": exc})
 
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""

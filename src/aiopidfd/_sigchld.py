@@ -8,7 +8,7 @@ import time
 from _thread import RLock
 from collections.abc import Callable, Iterator
 
-from . import _linux
+from . import _linux, _reaper
 from ._backend import Backend, logger
 
 # How often the handler is checked, and every child asked for, while children are watched by it: what a replaced handler,
@@ -102,16 +102,16 @@ class SigchldBackend(Backend):
 
     name = "sigchld"
 
-    def __init__(self, reaper: _linux.Reaper) -> None:
+    def __init__(self, reaper: _reaper.Reaper) -> None:
         """EMFILE, ENFILE: out of descriptors."""
         self._reaper = reaper
         reaper.add_wake(_linux.open_sigchld())
-        self._pids = _linux.Pids()
+        self._pids = _reaper.Pids()
         self._strangers: dict[int, bytes] = {}  # processes that send us no SIGCHLD: pid -> start time
 
     def add(self, pid: int, flags: int) -> int:
         """Watch a child, or, without ADD_CHECK_CHILD, a stranger."""
-        self._pids.add(pid, bool(flags & _linux.ADD_PEEK))
+        self._pids.add(pid, bool(flags & _reaper.ADD_PEEK))
         _count(1)  # the handler is in place before we look, so that an end after the look is signalled
         try:
             ended = _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -120,7 +120,7 @@ class SigchldBackend(Backend):
             started = _start_time(pid)
             if started is None:  # ended and reaped, or never there
                 raise _linux.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
-            if flags & _linux.ADD_CHECK_CHILD:
+            if flags & _reaper.ADD_CHECK_CHILD:
                 raise _linux.error(errno.ECHILD, f"cannot watch pid {pid}") from exc
             self._strangers[pid] = started
         else:
@@ -137,7 +137,7 @@ class SigchldBackend(Backend):
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change whether a child is only peeked at."""
         if pid not in self._strangers:
-            self._pids.add(pid, bool(flags & _linux.ADD_PEEK))
+            self._pids.add(pid, bool(flags & _reaper.ADD_PEEK))
             _linux.wake_sigchld()
 
     def remove(self, pid: int, pidfd: int) -> None:
@@ -145,7 +145,7 @@ class SigchldBackend(Backend):
         if self._strangers.pop(pid, None) is None and self._pids.remove(pid):
             _count(-1)
 
-    def reap(self, scan: bool) -> Iterator[_linux.Record]:
+    def reap(self, scan: bool) -> Iterator[_reaper.Record]:
         """Reap all children that have ended; `scan`: ask for each, whatever was signalled."""
         while True:
             count, records = self._pids.reap(scan)
@@ -157,10 +157,10 @@ class SigchldBackend(Backend):
                 # Let those that were found be told first. To modify what is readable wakes this loop, and no other.
                 self._reaper.modify(0, _linux.open_sigchld(), 0)
                 return
-            if count < _linux.BATCH_SIZE:
+            if count < _reaper.BATCH_SIZE:
                 return
 
-    def check(self) -> Iterator[_linux.Record]:
+    def check(self) -> Iterator[_reaper.Record]:
         """Put the handler back in front if somebody has replaced it, and ask for every child and stranger."""
         if len(self._pids):
             with _lock:
@@ -174,7 +174,7 @@ class SigchldBackend(Backend):
                 break  # the next check may know; ours need no descriptor
             if not is_there:
                 del self._strangers[pid]
-                yield pid, -1, 0, _linux.SOURCE_LOST, b""
+                yield pid, -1, 0, _reaper.SOURCE_LOST, b""
         yield from self.reap(scan=True)
 
     def is_idle(self) -> bool:
@@ -184,7 +184,7 @@ class SigchldBackend(Backend):
     def close(self) -> None:
         """Forget all: the loop is closed."""
         self._strangers.clear()
-        count, self._pids = len(self._pids), _linux.Pids()
+        count, self._pids = len(self._pids), _reaper.Pids()
         if count:
             _count(-count)
 

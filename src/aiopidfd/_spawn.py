@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from io import FileIO
 from typing import Any, NamedTuple
 
-from . import _linux
+from . import _linux, _reaper
 from ._backend import logger
 
 # The rest is Popen's: what a child in its parent's memory cannot do (preexec_fn; user and groups, whose libc calls take
@@ -38,7 +38,7 @@ class _Unplain(Exception):
     """The call is one for Popen."""
 
 
-def start(reaper: _linux.Reaper | None, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> Spawned:
+def start(reaper: _reaper.Reaper | None, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> Spawned:
     """Start a program as `subprocess.Popen(args, ...)` does, which raises what goes wrong.
 
     Args:
@@ -56,7 +56,7 @@ def start(reaper: _linux.Reaper | None, args: Any, stdin: Any, stdout: Any, stde
 
 
 def _spawn(
-    reaper: _linux.Reaper,
+    reaper: _reaper.Reaper,
     args: Any,
     stdin: Any,
     stdout: Any,
@@ -100,7 +100,7 @@ def _spawn(
     streams = _Streams(stdin, stdout, stderr)
     try:
         pid, pidfd, step = _linux.spawn(
-            reaper,
+            reaper.fileno(),
             paths,
             encoded_argv,
             env=encoded_env,

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from ._backend import Backend
 from ._exit import ExitStatus
-from ._linux import Record
+from ._reaper import Record
 
 Observer = Callable[..., object]
 """Called with an ExitStatus or, where there are args to it, with pid, returncode, *args."""
