@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import fcntl
 import json
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -132,6 +134,49 @@ async def test_inherited_epolls_and_pidfds_are_gone() -> None:
         aiopidfd.PidfdWatcher().add_child_handler(other.pid, print)
         assert await ask(look) == []
         aiopidfd.PidfdWatcher().close()
+
+
+@pytest.mark.parametrize("lowest", [3, 200, 5000])
+async def test_inherited_epolls_are_replaced_whatever_their_numbers(lowest: int) -> None:
+    """Low numbers are looked at one by one; from far ones on /proc lists them."""
+    with select.epoll() as epoll:
+        copy = fcntl.fcntl(epoll, fcntl.F_DUPFD_CLOEXEC, lowest)
+        try:
+            assert (
+                await ask(lambda: [os.readlink(f"/proc/self/fd/{fd}") for fd in (epoll.fileno(), copy)]) == ["/dev/null"] * 2
+            )
+        finally:
+            os.close(copy)
+
+
+@beside_uring_worker
+async def test_handles_of_the_parent_do_not_hang_in_a_child() -> None:
+    """Another thread holds a lock of ours at the fork: in the child nobody will ever let go of it."""
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def hold(lock: threading.RLock) -> None:
+        with lock:
+            is_held.set()
+            may_go.wait()
+
+    async with await afork(signal.pause) as sibling:
+        thread = threading.Thread(target=hold, args=[sibling._registry._lock])
+        thread.start()
+        is_held.wait()
+        pid = os.fork()
+        if pid == 0:
+            code = 2
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(10)
+                sibling.kill()  # it is not this process's child, nor to be reached by it
+                code = 0 if sibling.fileno() == -1 else 1
+            finally:
+                os._exit(code)
+        may_go.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert sibling.returncode is None
 
 
 @beside_uring_worker

@@ -34,7 +34,7 @@ from aiopidfd._linux import open_pidfd
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
 
-from .children import held, one_held
+from .children import await_zombie, held, one_held
 from .conftest import LoopFactory, children, run_on
 
 
@@ -260,6 +260,24 @@ async def test_second_cancellation_does_not_cut_the_reaping_short() -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert children() == set()
+
+
+async def test_child_that_has_ended_when_it_is_heard_to_be_ready_was_ready() -> None:
+    starting = asyncio.ensure_future(afork(lambda: 4))
+    await asyncio.sleep(0)
+    (pid,) = children()
+    await_zombie(pid)  # the loop stands still: it will learn of both at once
+    assert await (await starting).wait() == 4
+
+
+async def test_child_that_has_ended_without_a_word_was_not_ready() -> None:
+    starting = asyncio.ensure_future(afork(lambda: 4, ready="manual"))
+    await asyncio.sleep(0)
+    (pid,) = children()
+    await_zombie(pid)
+    with pytest.raises(ChildStartError) as raised:
+        await starting
+    assert raised.value.exit_status.returncode == 4
 
 
 async def test_timeout_around_afork() -> None:

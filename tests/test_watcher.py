@@ -76,6 +76,22 @@ async def test_child_that_was_dead_before_registration_is_reported() -> None:
         assert await calls.all() == [(child.pid, 3)]
 
 
+async def test_observer_that_has_its_loop_run_loses_nobody() -> None:
+    """As nest_asyncio does: we are called again while we tell."""
+    registry = registry_of(asyncio.get_running_loop())
+    watcher, calls = PidfdWatcher(), Calls(4)
+
+    def call(*args: Any) -> None:
+        calls(*args)
+        registry.collect()
+
+    with held(4) as all_of_them:
+        for child in all_of_them:
+            child.end_unreaped(3)
+            watcher.add_child_handler(child.pid, call)
+        assert sorted(await calls.all()) == sorted((child.pid, 3) for child in all_of_them)
+
+
 async def test_500_children_ending_at_once_are_each_reported_once() -> None:
     watcher, calls = PidfdWatcher(), Calls(500)
     # They all read the same pipe: closing it ends them at once.
