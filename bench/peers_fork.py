@@ -51,26 +51,28 @@ def _sample_blocking(samples: int, sample: Callable[[], tuple[int, int]]) -> Sam
     return {"ready": [ready / 1000 for ready, _ in pairs], "total": [total / 1000 for _, total in pairs]}
 
 
-def _measure_os_fork(megabytes: int, samples: int) -> Samples:
-    def sample() -> tuple[int, int]:
-        start_ns = perf_counter_ns()
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.write(writer, b"r")
-            finally:
-                os._exit(0)
-        os.close(writer)
-        os.read(reader, 1)
-        ready_ns = perf_counter_ns() - start_ns
-        os.waitpid(pid, 0)
-        total_ns = perf_counter_ns() - start_ns
-        os.close(reader)
-        return ready_ns, total_ns
+def _fork_bare() -> tuple[int, int]:
+    """Fork with a handshake over a pipe; return the nanoseconds until ready, and until reaped."""
+    start_ns = perf_counter_ns()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, b"r")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)
+    ready_ns = perf_counter_ns() - start_ns
+    os.waitpid(pid, 0)
+    total_ns = perf_counter_ns() - start_ns
+    os.close(reader)
+    return ready_ns, total_ns
 
+
+def _measure_os_fork(megabytes: int, samples: int) -> Samples:
     grow_to(megabytes)
-    return _sample_blocking(samples, sample)
+    return _sample_blocking(samples, _fork_bare)
 
 
 def _say_ready(writer: Connection) -> None:
@@ -98,7 +100,7 @@ def _measure_multiprocessing(megabytes: int, samples: int) -> Samples:
     return _sample_blocking(samples, sample)
 
 
-async def _sample_all(samples: int, fork: Fork) -> Samples:
+async def _sample_all(samples: int, fork: Fork, *, beside_bare: bool = False) -> Samples:
     async def sample() -> tuple[float, float]:
         await asyncio.sleep(_PAUSE_S)
         start_ns = perf_counter_ns()
@@ -117,10 +119,17 @@ async def _sample_all(samples: int, fork: Fork) -> Samples:
         return (perf_counter_ns() - start_ns) / 1000 / _AT_ONCE
 
     await sample()
-    pairs = [await sample() for _ in range(samples)]
+    pairs = []
+    relative = []
+    for _ in range(samples):
+        pairs.append(await sample())
+        if beside_bare:
+            await asyncio.sleep(_PAUSE_S)
+            relative.append(pairs[-1][0] * 1000 / _fork_bare()[0] * 100)
     return {
         "ready": [ready for ready, _ in pairs],
         "total": [total for _, total in pairs],
+        "relative": relative,
         "stall": [await measure_stall(fork_and_wait) for _ in range(samples)],
         "each": [await sample_each() for _ in range(-(-samples // 4))],
     }
@@ -150,7 +159,7 @@ def _measure_ours(loop: LoopName, megabytes: int, samples: int) -> Samples:
         return wait
 
     grow_to(megabytes)
-    return run(new_loop(loop), _sample_all(samples, fork))
+    return run(new_loop(loop), _sample_all(samples, fork, beside_bare=True))
 
 
 def _measure_fork_server(loop: LoopName, megabytes: int, samples: int) -> Samples:

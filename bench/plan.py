@@ -99,6 +99,7 @@ _ALL = (
         metrics={
             "ready": Metric("fork until the child is ready"),
             "total": Metric("fork, exit and wait"),
+            "relative": Metric("ready, in percent of a bare os.fork of the same process", unit="%", is_pictured=False),
             "stall": Metric("longest stall of the loop"),
             "each": Metric("fork, exit and wait, each of 16 at a time", is_pictured=False),
         },
@@ -109,6 +110,8 @@ _ALL = (
         quick={20: 3, 500: 3},
         notes=(
             "The C program, os.fork and multiprocessing know no loop: they block for the whole of it.",
+            "os.fork is the fork of a process that has loaded neither this library nor uvloop. In percent of one of the "
+            "same process: the two alternate; what that has loaded, and its at-fork hooks, ours too, are the same for both.",
             "The C fork server sends and calls the same without Python, but forks only when it is asked to.",
             "Before each is a pause of 5 ms, in which our ForkServer forks a worker ahead; 16 at a time go without it.",
             "forkserver and spawn run the function in an interpreter that shares no memory with the parent.",

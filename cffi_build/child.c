@@ -9,7 +9,6 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -96,20 +95,18 @@ static int detach_listed(int probe, int null, int *ret_count)
     return 0;
 }
 
-int ap_detach_epolls(void)
+int ap_detach_epolls(int probe)
 {
-    int null = open("/dev/null", O_RDWR | O_CLOEXEC), probe = eventfd(0, EFD_CLOEXEC), err = 0, count = 0;
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC), err = 0, count = 0;
     struct stat folder;
 
-    if (null < 0 || probe < 0)
+    if (null < 0)
         err = -errno;
     /* Since Linux 6.2 its size is the number of open descriptors; before, it is 0. */
     else if (stat("/proc/self/fd", &folder) < 0)
         err = -errno;
     else if (folder.st_size == 0 || detach_low(folder.st_size, probe, null, &count) > 0)
         err = detach_listed(probe, null, &count);
-    if (probe >= 0)
-        (void)close(probe);
     if (null >= 0)
         (void)close(null);
     return err < 0 ? err : count;

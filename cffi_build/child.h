@@ -17,7 +17,8 @@ int ap_set_pdeathsig(int signal);
 
 /* Cut this process off from every epoll descriptor that it inherited, without changing what its parent watches: each is
  * replaced in place by /dev/null, so that its number can neither reach the parent's epoll nor be reused under an object
- * that still knows it. Returns how many there were. */
-int ap_detach_epolls(void);
+ * that still knows it. `probe` is an open descriptor that can be polled and is in none of them: it tells them from others.
+ * Returns how many there were. */
+int ap_detach_epolls(int probe);
 
 #endif

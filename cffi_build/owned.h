@@ -1,9 +1,10 @@
-/* The descriptors that are ours alone, of which a forked child closes its copies. Thread-safe, and callable in that child. */
+/* The descriptors of which a forked child closes its copies. Known in C: a look at each of many Python objects would copy the
+ * pages of all of them. Thread-safe. */
 #ifndef AP_OWNED_H
 #define AP_OWNED_H
 
-/* Have a forked child close its copy of `fd`. Those above the first 2^20, which no default limit allows, are not noted: close-on-exec
- * is all that they have. */
+/* Have a forked child close its copy of `fd`. Numbers from 2^20 on, which the kernel's default (fs.nr_open) does not allow, are
+ * not noted: close-on-exec is all that they have. */
 void ap_own(int fd);
 
 /* Take that back, and close `fd`. In this order: a child that is forked in between may keep a copy, but closes nobody else's. */

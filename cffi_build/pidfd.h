@@ -4,11 +4,11 @@
 
 /* Where the status in an ap_exit comes from. */
 enum {
-    AP_SOURCE_REAPED = 0,    /* waitid took it; the zombie is gone */
-    AP_SOURCE_PEEKED = 1,    /* waitid showed it (WNOWAIT); the zombie is left for its owner */
-    AP_SOURCE_RECOVERED = 2, /* somebody else reaped; PIDFD_GET_INFO told the status */
-    AP_SOURCE_LOST = 3,      /* somebody else reaped and nobody can tell; status is 0 */
-    AP_SOURCE_PENDING = 4,   /* ended, and not ours to reap; the status may come when its parent reaps it */
+    AP_SOURCE_REAPED = 0,     /* waitid took it; the zombie is gone */
+    AP_SOURCE_PEEKED = 1,     /* waitid showed it (WNOWAIT); the zombie is left for its owner */
+    AP_SOURCE_RECOVERED = 2,  /* somebody else reaped; PIDFD_GET_INFO told the status */
+    AP_SOURCE_LOST = 3,       /* somebody else reaped and nobody can tell; status is 0 */
+    AP_SOURCE_PENDING = 4,    /* ended, and not ours to reap; the status may come when its parent reaps it */
     AP_SOURCE_GATE_READY = 5, /* no end: a forked child has said at its gate that it is ready */
     AP_SOURCE_GATE_CLOSED = 6 /* no end: a forked child has closed its gate without a word */
 };

@@ -23,7 +23,8 @@ from _signal import signal as _set_handler
 from asyncio import _set_running_loop, events
 from asyncio.tasks import _leave_task, current_task
 from collections.abc import Callable
-from contextvars import copy_context
+from contextvars import Context
+from functools import partial
 from typing import Literal, NamedTuple, NoReturn
 
 from ._gate import READY
@@ -61,6 +62,7 @@ class Birth(NamedTuple):
     old_mask: int
     loop: asyncio.AbstractEventLoop
     parent_pid: int
+    context: Context  # a copy of the parent's
 
 
 def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
@@ -77,7 +79,7 @@ def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
 
 def _run(start: Callable[[], Callable[[], object]]) -> int:
     try:
-        code = exit_code(copy_context().run(start()))
+        code = exit_code(start()())
     except SystemExit as exc:
         code = _system_exit_code(exc)
     except KeyboardInterrupt:
@@ -94,10 +96,10 @@ def _run(start: Callable[[], Callable[[], object]]) -> int:
 
 def start(birth: Birth) -> Callable[[], object]:
     """Make a newly forked child clean, all signals blocked until then, tell that it is ready; return what it is to run."""
-    child_func, options, gate, mask, loop, parent_pid = birth
+    child_func, options, gate, mask, loop, parent_pid, context = birth
     try:
         # While the parent sees to it that we are watched.
-        _clean(loop)
+        _clean(loop, gate)
     finally:
         # Not before we are: we could be reaped by somebody else.
         if not os.read(gate, 1):
@@ -105,12 +107,12 @@ def start(birth: Birth) -> Callable[[], object]:
     settle(options, parent_pid, gate, mask)
     if options[0] == "auto":
         notify_ready()
-    return child_func
+    return partial(context.run, child_func)
 
 
-def _clean(loop: asyncio.AbstractEventLoop) -> None:
+def _clean(loop: asyncio.AbstractEventLoop, gate: int) -> None:
     """Take off everything that was the parent's."""
-    detach_epolls()  # first: nothing that follows can then change what the parent's loops watch
+    detach_epolls(gate)  # first: nothing that follows can then change what the parent's loops watch
     reset_signals()
     task = current_task(loop)
     if task is not None:

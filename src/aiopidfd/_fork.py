@@ -12,6 +12,7 @@ import sys
 import warnings
 from _thread import allocate_lock
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from types import FunctionType
 from typing import cast
@@ -181,10 +182,11 @@ def _fork(
             _child.flush_streams()  # else both of us would write what is buffered
             old_mask = _linux.set_signal_mask(_linux.ALL_SIGNALS)
             try:
-                birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, os.getpid())
+                birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, os.getpid(), copy_context())
+                live = partial(_child.run_to_end, partial(_child.start, birth))
                 pid, pidfd = fork_()
                 if pid == 0:
-                    _child.run_to_end(partial(_child.start, birth))
+                    live()
                 if pidfd >= 0 or not child._registry.let_out(child._child, pid, gate):
                     try:
                         child = watch_expected(child, pid, pidfd)

@@ -25,6 +25,7 @@ import socket
 import struct
 import traceback
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Final, NamedTuple
 
 from . import _child, _fork, _linux
@@ -85,7 +86,7 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
         return False
     # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker.
     _child.reset_signals()
-    _linux.detach_epolls()
+    _linux.detach_epolls(server.wire.fileno())
     _child.flush_streams()
     server.wire.send(REPLY.pack(0, 0, 0))
     return True
@@ -161,7 +162,7 @@ def _start(server: Server, fds: list[int]) -> Callable[[], object]:
     gate.read(len(GO))
     if not manual:
         os.close(_child.take_ready_fd())
-    return functools.partial(_run, child_func, args)
+    return functools.partial(copy_context().run, _run, child_func, args)
 
 
 def _discard_signals() -> None:

@@ -207,13 +207,8 @@ def reap_abandoned() -> int:
     return lib.ap_sigchld_reap_abandoned()
 
 
-def own(fd: int) -> None:
-    """Have every forked child close its copy of `fd`, as that of a reaper's descriptors, until `close_owned`."""
-    lib.ap_own(fd)
-
-
 def close_owned(fd: int) -> None:
-    """Close a descriptor that is ours alone."""
+    """Close a descriptor of which a forked child would close its copy: a reaper, a pidfd in it, a gate."""
     lib.ap_close_owned(fd)
 
 
@@ -283,14 +278,16 @@ def _is_uring_worker(thread: str) -> bool:
         return False
 
 
-_detach_epolls: Final = (
-    lib.ap_detach_epolls
-)  # here, since what cffi makes at the first use each forked child would make anew
+# Looked up here: what cffi makes at the first use of a function, each forked child would make anew.
+_detach_epolls: Final = lib.ap_detach_epolls
 
 
-def detach_epolls() -> int:
-    """Replace every inherited epoll descriptor of this process by /dev/null; return how many there were."""
-    count = _detach_epolls()
+def detach_epolls(probe: int) -> int:
+    """Replace every inherited epoll descriptor of this process by /dev/null; return how many there were.
+
+    `probe` is a descriptor that can be polled and is in none of them.
+    """
+    count = _detach_epolls(probe)
     if count < 0:
         raise error(-count, "opendir(/proc/self/fd)")
     return count

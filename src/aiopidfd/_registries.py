@@ -6,9 +6,9 @@ import asyncio
 import os
 from _thread import RLock
 
-from . import _sigchld
 from ._linux import let_go
 from ._registry import Registry
+from ._sigchld import forget_after_fork, settle_abandoned
 
 # By the id of their loop. A registry goes as it is closed, which it is before its loop is gone; should a loop not see to
 # that, another one may have its id: hence the look at whose it is. Not weak, since what a child runs first must be short.
@@ -36,7 +36,7 @@ def _make(loop: asyncio.AbstractEventLoop) -> Registry:
     global _hooked  # noqa: PLW0603 - a process has one at-fork hook, put in place by the first registry
     if loop.is_closed():
         raise RuntimeError("the event loop is closed")
-    _sigchld.settle_abandoned()
+    settle_abandoned()
     with _lock:
         registry = _registries.get(id(loop))
         if registry is None or registry.loop() is not loop:
@@ -67,4 +67,4 @@ def _after_fork_in_child() -> None:
     for registry in _registries.values():
         registry.closed = True
     _registries.clear()
-    _sigchld.forget_after_fork()
+    forget_after_fork()
