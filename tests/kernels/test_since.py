@@ -318,6 +318,18 @@ def epoll_is_shared_after_fork() -> str:
     return "its parent's too" if found == [read] else "its own"
 
 
+def counts_descriptors() -> str:
+    """What the size of /proc/self/fd is."""
+    copies = [os.dup(0) for _ in range(3)]
+    try:
+        size = os.stat("/proc/self/fd").st_size
+        open_now = len(os.listdir("/proc/self/fd")) - 1  # without the one that it is listed by
+    finally:
+        for fd in copies:
+            os.close(fd)
+    return "how many are open" if size == open_now else str(size)
+
+
 ALWAYS = (0, 0)
 
 
@@ -355,6 +367,7 @@ CLAIMS: dict[str, tuple[Callable[[], str], dict[tuple[int, int], str]]] = {
     "exit signal of CLONE_PARENT": (sibling_has_signal_of_its_maker, {ALWAYS: "none"}),
     "calls on a reaped process": (pidfd_of_reaped, {ALWAYS: "ESRCH"}),
     "waitid on a traced zombie": (traced_child_is_hidden, {ALWAYS: "nothing"}),
+    "size of /proc/self/fd": (counts_descriptors, since(6, 2, before="0", then="how many are open")),
     "epoll after fork": (epoll_is_shared_after_fork, {ALWAYS: "its parent's too"}),
 }
 
