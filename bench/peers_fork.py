@@ -129,7 +129,7 @@ async def _sample_all(samples: int, fork: Fork, *, beside_bare: bool = False) ->
     return {
         "ready": [ready for ready, _ in pairs],
         "total": [total for _, total in pairs],
-        "relative": relative,
+        **({"relative": relative} if beside_bare else {}),
         "stall": [await measure_stall(fork_and_wait) for _ in range(samples)],
         "each": [await sample_each() for _ in range(-(-samples // 4))],
     }
