@@ -265,8 +265,13 @@ def count_threads() -> int:
     io_uring's workers (Linux 5.12+, 5.10.162+) don't count, though the kernel lists them: they run none of the process's
     code, so they hold none of its locks. uvloop's process has one for some seconds whenever a change to its epoll met a lock
     taken.
+
+    OSError: EMFILE, ENFILE: out of descriptors.
     """
-    threads = os.listdir("/proc/self/task")
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError as exc:
+        raise error(exc.errno or errno.EIO, "opendir(/proc/self/task)") from exc
     return 1 if len(threads) == 1 else sum(not _is_uring_worker(thread) for thread in threads)
 
 
