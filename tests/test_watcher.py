@@ -92,6 +92,32 @@ async def test_observer_that_has_its_loop_run_loses_nobody() -> None:
         assert sorted(await calls.all()) == sorted((child.pid, 3) for child in all_of_them)
 
 
+class InterruptedLock:
+    """A lock that another thread has: who waits for it is interrupted, and so has nothing to release."""
+
+    def acquire(self) -> bool:
+        raise KeyboardInterrupt
+
+    def release(self) -> None:
+        raise RuntimeError("cannot release un-acquired lock")
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+async def test_interrupt_of_the_wait_for_another_thread_is_that_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, watcher = registry_of(asyncio.get_running_loop()), PidfdWatcher()
+    with one_held() as child:
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "_lock", InterruptedLock())
+            with pytest.raises(KeyboardInterrupt):
+                watcher.add_child_handler(child.pid, print)
+        assert child.pid not in registry._children
+
+
 async def test_500_children_ending_at_once_are_each_reported_once() -> None:
     watcher, calls = PidfdWatcher(), Calls(500)
     # They all read the same pipe: closing it ends them at once.
