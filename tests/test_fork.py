@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import os
 import select
@@ -30,7 +31,7 @@ from aiopidfd import (
     notify_ready,
 )
 from aiopidfd._backend import probe_pidfd
-from aiopidfd._linux import open_pidfd
+from aiopidfd._linux import open_pidfd, set_signal_mask
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
 
@@ -239,6 +240,43 @@ async def test_child_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_fork, "watch_expected", fail)
     with pytest.raises(OSError, match=os.strerror(code)):
         await afork(block)
+
+
+async def test_interrupt_when_signals_come_in_again_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has waited for that: the child is out of its gate by then, and nobody has its handle."""
+    gates: list[int] = []
+
+    def set_mask(mask: int) -> int:
+        old = set_signal_mask(mask)
+        if mask != _linux.ALL_SIGNALS and children():  # in the parent, after the fork
+            gates.extend(gate.fd for gate in registry_of(asyncio.get_running_loop()).gates._gates.values())
+            raise KeyboardInterrupt
+        return old
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_linux, "set_signal_mask", set_mask)
+        with pytest.raises(KeyboardInterrupt):
+            await afork(block)
+    (gate,) = gates
+    low = os.pipe()
+    read, write = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 200) for fd in low]
+    for fd in low:
+        os.close(fd)
+    os.dup2(read, gate, inheritable=False)  # the number is somebody else's now
+    os.set_blocking(gate, False)
+    os.write(write, b"x")
+    for _ in range(500):
+        if children():
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    try:
+        assert children() == set()
+        assert os.read(gate, 1) == b"x"
+    finally:
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+        for fd in (read, write, gate):
+            os.close(fd)
 
 
 async def test_cancellation_ends_and_reaps_the_child() -> None:

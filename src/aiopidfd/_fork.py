@@ -197,6 +197,7 @@ def _fork(
             finally:
                 _linux.set_signal_mask(old_mask)
         except BaseException:
+            kill(child)  # if it is there: interrupted as soon as signals came in again, when it is out of its gate
             child._registry.gates.close(gate)
             raise
         finally:

@@ -46,7 +46,7 @@ class Gate:
 
     def hear_end(self, _: object) -> None:
         """Hear, in the loop's thread, that the child has ended. It may have said that it is ready, just before."""
-        if not self.said.done():
+        if self.fd >= 0 and not self.said.done():
             try:
                 word = os.read(self.fd, 1)
             except (BlockingIOError, ConnectionError):  # read already and about to be told, or ended with our word unread
@@ -77,4 +77,5 @@ class Gates:
     def close(self, gate: Gate) -> None:
         """Close it. A child that still stands there ends."""
         del self._gates[gate.number]
-        _linux.close_owned(gate.fd)
+        fd, gate.fd = gate.fd, -1  # whatever is heard from now on: the number may be somebody else's
+        _linux.close_owned(fd)
