@@ -18,7 +18,7 @@ def test_chaos_breaks_no_promise(kind: str, backend: str) -> None:
     for seconds in ("4", "60"):  # a busy machine starts few
         if children < 50:
             run = stress("--chaos", "--seconds", seconds, "--seed", "3", "--loop", kind, "--backend", backend)
-            assert run.returncode == 0, run.stdout + run.stderr
+            assert run.returncode == 0, run.stderr + run.stdout  # the figures last: of a long text a log may show the end
             figures = dict(line.split(maxsplit=1) for line in run.stdout.splitlines()[1:])
             assert [figures[name] for name in ("lost", "wrong", "hung", "errors", "descriptors", "zombies")] == ["0"] * 6
             children = int(figures["children"].split()[0])
