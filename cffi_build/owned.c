@@ -8,7 +8,12 @@
 
 #include <stdatomic.h>
 #include <stdint.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
 
 enum { WORD_BITS = 64, WORDS = (1 << 20) / WORD_BITS };
 
@@ -32,11 +37,47 @@ void ap_own(int fd)
     (void)atomic_fetch_or(&owned[word], (uint64_t)1 << fd % WORD_BITS);
 }
 
-void ap_close_owned(int fd)
+static void disown(int fd)
 {
     if (is_noted(fd))
         (void)atomic_fetch_and(&owned[fd / WORD_BITS], ~((uint64_t)1 << fd % WORD_BITS));
+}
+
+void ap_close_owned(int fd)
+{
+    disown(fd);
     (void)close(fd);
+}
+
+/* In place. They are few, and nearly in order: that in which they were opened. */
+static void sort(int *fds, int count)
+{
+    int i, j;
+
+    for (i = 1; i < count; i++) {
+        int fd = fds[i];
+        for (j = i; j > 0 && fds[j - 1] > fd; j--)
+            fds[j] = fds[j - 1];
+        fds[j] = fd;
+    }
+}
+
+void ap_close_all_owned(int *fds, int count)
+{
+    int i, first, end;
+
+    sort(fds, count);
+    for (i = 0; i < count; i++)
+        disown(fds[i]);
+    for (first = 0; first < count; first = end) {
+        for (end = first + 1; end < count && fds[end] == fds[end - 1] + 1; end++)
+            ;
+        /* It fails if it is not there, or a filter forbids it, and then has closed none. */
+        if (end - first > 1 && syscall(SYS_close_range, fds[first], fds[end - 1], 0) == 0)
+            continue;
+        for (i = first; i < end; i++)
+            (void)close(fds[i]);
+    }
 }
 
 void ap_let_go(void)

@@ -10,6 +10,9 @@ void ap_own(int fd);
 /* Take that back, and close `fd`. In this order: a child that is forked in between may keep a copy, but closes nobody else's. */
 void ap_close_owned(int fd);
 
+/* Do that for many descriptors, and put them in order. Such that follow one another are closed by one call (Linux 5.9). */
+void ap_close_all_owned(int *fds, int count);
+
 /* In a forked child: close the copies of all, and put SIGCHLD back to what it was before our handler. What the parent's epoll
  * descriptors watch stays as it is. */
 void ap_let_go(void);

@@ -203,10 +203,11 @@ int ap_reaper_reap(int reaper, ap_batch *batch)
 
 void ap_batch_release(ap_batch *batch)
 {
-    int i;
+    int pidfds[AP_BATCH], count = 0, i;
 
     for (i = 0; i < batch->count; i++)
         if (batch->exits[i].pidfd >= 0)
-            ap_close_owned(batch->exits[i].pidfd);
+            pidfds[count++] = batch->exits[i].pidfd;
+    ap_close_all_owned(pidfds, count);
     batch->count = 0;
 }

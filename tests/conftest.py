@@ -70,7 +70,7 @@ def chosen_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and "backend" in callspec.params:
         monkeypatch.setenv(_backend.ENVIRONMENT, callspec.params["backend"])
-    monkeypatch.setattr(_backend, "_decision", _backend._Decision())
+    monkeypatch.setattr(_backend, "decision", _backend._Decision())
 
 
 def _loop_factory(kind: str) -> LoopFactory:

@@ -36,6 +36,7 @@ enum {
     NR_IO_URING_SETUP = 425,
     NR_PIDFD_OPEN = 434,
     NR_CLONE3 = 435,
+    NR_CLOSE_RANGE = 436,
     NR_PIDFD_GETFD = 438
 };
 
@@ -56,6 +57,7 @@ static const struct rule rules[] = {
     {"waitid", SYS_waitid, 0, 0, 0},
     {"waitid_pidfd", SYS_waitid, 0, 0xFFFFFFFF, 3}, /* P_PIDFD, Linux 5.4 */
     {"clone3", NR_CLONE3, 0, 0, 0},
+    {"close_range", NR_CLOSE_RANGE, 0, 0, 0}, /* Linux 5.9 */
     {"clone_pidfd", SYS_clone, 0, 0x1000, 0x1000}, /* CLONE_PIDFD by the old call, Linux 5.2 */
     {"io_uring_setup", NR_IO_URING_SETUP, 0, 0, 0},
 };

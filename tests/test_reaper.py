@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiopidfd import _reaper
+from aiopidfd import _linux, _reaper
 
-from .children import one_held
-from .conftest import BACKENDS
+from .children import held, one_held
+from .conftest import BACKENDS, open_descriptors
+from .seccomp import python_under_filter
 
 pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
 
@@ -27,7 +28,7 @@ def reaper() -> Iterator[_reaper.Reaper]:
 
 def is_readable(reaper: _reaper.Reaper) -> bool:
     poll = select.poll()
-    poll.register(reaper.fileno(), select.POLLIN)
+    poll.register(reaper.fd, select.POLLIN)
     return bool(poll.poll(0))
 
 
@@ -84,3 +85,54 @@ def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: _rea
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: _reaper.Reaper) -> None:
+    before = open_descriptors()
+    others = []
+    with held(7) as all_of_them:
+        pidfds = []
+        for number, child in enumerate(all_of_them):
+            pidfds.append(reaper.add(child.pid, 0))
+            if number in (1, 4):  # so that two, three and two follow one another
+                others.append(os.dup(0))
+        for number in (6, 0, 3, 2, 5, 1, 4):  # not in the order of their descriptors
+            all_of_them[number].end_unreaped(0)
+        assert [record[1] for record in reaper.reap()[1]] != sorted(pidfds)
+        reaper.keep_open(pidfds[2])
+        reaper.release()
+        with_pipes = open_descriptors()
+        assert not {*pidfds} - {pidfds[2]} & {*with_pipes}
+        assert {*others, pidfds[2]} <= {*with_pipes}
+        _linux.close_owned(pidfds[2])
+    for fd in others:
+        os.close(fd)
+    assert open_descriptors() == before
+
+
+_RELEASE = """
+import os
+from aiopidfd import _linux, _reaper
+os.register_at_fork(after_in_child=_linux.let_go)
+reaper = _reaper.Reaper()
+pids = [os.posix_spawn("/bin/true", ["true"], {}) for _ in range(4)]
+pidfds = [reaper.add(pid, 0) for pid in pids]
+for pid in pids:
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+assert reaper.reap()[0] == 4
+reaper.release()
+# Their numbers are free, and from now on others', of which a forked child keeps its copies.
+assert [os.dup(0) for _ in pidfds] == pidfds
+pid = os.fork()
+if pid == 0:
+    for fd in pidfds:
+        os.close(fd)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("rules", ["io_uring_setup", "close_range", "close_range=EPERM"])
+def test_release_does_without_close_range(rules: str) -> None:
+    """Linux before 5.9, and a filter. The first of them refuses what we do not use."""
+    assert python_under_filter(rules, _RELEASE) == "0\n"

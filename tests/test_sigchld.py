@@ -669,7 +669,7 @@ async def test_forked_child_has_the_handler_from_before_and_does_not_wake_its_pa
     with one_held() as child:
         waiting = await watch_one(child)
         reaper = select.poll()
-        reaper.register(registry_of(loop)._reaper.fileno(), select.POLLIN)
+        reaper.register(registry_of(loop)._reaper.fd, select.POLLIN)
         done_read, done_write = os.pipe()
         go_read, go_write = os.pipe()
         pid = os.fork()

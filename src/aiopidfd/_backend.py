@@ -131,15 +131,15 @@ class _Decision:
             logger.info("watching children by %s: %s", name, reason)
 
 
-_decision = _Decision()
+decision = _Decision()
 
 
 def choose(choice: Choice) -> BackendName:
     """Return the backend to try first for a child. OSError: the environment insists on pidfds, and they are forbidden."""
     if choice == "auto":
-        return _decision.name or _decision.make()
-    if choice not in _decision.told:
-        _decision.tell(choice, f"backend={choice!r} says so")
+        return decision.name or decision.make()
+    if choice not in decision.told:
+        decision.tell(choice, f"backend={choice!r} says so")
     return choice
 
 
@@ -153,4 +153,4 @@ def require(choice: Choice) -> None:
 
 def is_forbidden(exc: OSError) -> bool:
     """Return whether `exc`, from watching a child by pidfd, means that pidfds are forbidden here from now on."""
-    return (exc.errno in _linux.FORBIDDEN or exc.errno == errno.EINVAL) and _decision.make() == "sigchld"
+    return (exc.errno in _linux.FORBIDDEN or exc.errno == errno.EINVAL) and decision.make() == "sigchld"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Final
 
 from ._ext import ffi, lib
@@ -48,67 +47,65 @@ class Batch:
         lib.ap_batch_release(self.struct)
 
 
+# Do what Reaper.add does, and return minus the errno where that raises; then the same for a newly forked child, which is let
+# out of its gate. No methods, whose call costs as much again: they take the reaper's descriptor first.
+try_add: Final[Callable[[int, int, int], int]] = lib.ap_reaper_add
+try_let_out: Final[Callable[[int, int, int], int]] = lib.ap_reaper_let_out
+
+
 class Reaper:
     """One epoll descriptor that holds many pidfds. The C contract is in cffi_build/reaper.h."""
 
-    __slots__ = ("_batch", "_fd", "keep_open", "release", "try_add", "try_let_out")
+    __slots__ = ("_batch", "fd", "keep_open", "release")
 
     def __init__(self) -> None:
         """Open it. EMFILE, ENFILE: out of descriptors."""
         fd = lib.ap_reaper_open()
         if fd < 0:
             raise error(-fd, "epoll_create1()")
-        self._fd = fd
-        # Does what `add` does, and returns minus the errno where that raises. No method, whose call costs as much again.
-        self.try_add: Callable[[int, int], int] = partial(lib.ap_reaper_add, fd)
-        # The same for a newly forked child, which is then let out of its gate.
-        self.try_let_out: Callable[[int, int], int] = partial(lib.ap_reaper_let_out, fd)
+        self.fd = fd  # -1 once closed
         self._batch = Batch()
         self.keep_open, self.release = self._batch.keep_open, self._batch.release
 
-    def fileno(self) -> int:
-        """Return the epoll descriptor; -1 once closed."""
-        return self._fd
-
     def add(self, pid: int, flags: int) -> int:
         """Open a pidfd for `pid` and hold it; return it. Errors as in reaper.h."""
-        pidfd = lib.ap_reaper_add(self._fd, pid, flags)
+        pidfd = lib.ap_reaper_add(self.fd, pid, flags)
         if pidfd < 0:
             raise error(-pidfd, f"cannot watch pid {pid}")
         return pidfd
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> None:
         """Hold an open pidfd. EEXIST: held already; EBADF, EPERM: not a pidfd."""
-        result = lib.ap_reaper_adopt(self._fd, pid, pidfd, flags)
+        result = lib.ap_reaper_adopt(self.fd, pid, pidfd, flags)
         if result < 0:
             raise error(-result, f"cannot watch pid {pid} by pidfd {pidfd}")
 
     def add_wake(self, fd: int) -> None:
         """Hold a descriptor that is no pidfd: each write to it makes us readable, and `woken` true."""
-        result = lib.ap_reaper_add_wake(self._fd, fd)
+        result = lib.ap_reaper_add_wake(self.fd, fd)
         if result < 0:
             raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")
 
     def open_gate(self, number: int) -> tuple[int, int]:
         """Make a socket pair for a child that is to be forked, and listen to our end; return both. EMFILE, ENFILE."""
-        result = lib.ap_reaper_open_gate(self._fd, number)
+        result = lib.ap_reaper_open_gate(self.fd, number)
         if result < 0:
             raise error(-result, "socketpair()")
         return result >> 32, result & 0xFFFFFFFF
 
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change the flags of a held pidfd."""
-        result = lib.ap_reaper_modify(self._fd, pid, pidfd, flags)
+        result = lib.ap_reaper_modify(self.fd, pid, pidfd, flags)
         if result < 0:
             raise error(-result, f"cannot change how pid {pid} is watched")
 
     def remove(self, pidfd: int) -> None:
         """Let go of a pidfd and close it."""
-        lib.ap_reaper_remove(self._fd, pidfd)
+        lib.ap_reaper_remove(self.fd, pidfd)
 
     def reap(self) -> tuple[int, Iterator[Record]]:
         """Reap what has ended, unless what was reaped before is not released yet; return how many there are, and what."""
-        count = lib.ap_reaper_reap(self._fd, self._batch.struct)
+        count = lib.ap_reaper_reap(self.fd, self._batch.struct)
         if count < 0:
             raise error(-count, "epoll_wait()")
         return count, self._batch.records(count)
@@ -124,7 +121,7 @@ class Reaper:
 
     def close(self) -> None:
         """Close the epoll descriptor."""
-        fd, self._fd = self._fd, -1
+        fd, self.fd = self.fd, -1
         if fd >= 0:
             close_owned(fd)
 

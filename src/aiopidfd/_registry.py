@@ -8,19 +8,19 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
-from . import _linux, _reaper
+from . import _backend, _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._ends import Ends, exit_status
 from ._exit import ExitStatus
 from ._gate import Gate, Gates
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
-from ._watched import Args, Child, Observer
+from ._watched import Args, Child, Observer, make_child
 
 # How many batches one call of the loop reaps and tells of at most, before others have their turn.
 _BATCHES = 4
 
-_CHECK_CHILD = _reaper.ADD_CHECK_CHILD
+_try_add, _CHECK_CHILD = _reaper.try_add, _reaper.ADD_CHECK_CHILD
 
 # How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
 STRANGER_GRACE_S = 1.0
@@ -56,7 +56,7 @@ class Registry:
         reader = _Reader(self)
         # Closing a loop drops its readers: that is how we hear of it, on every kind of loop, by public means alone.
         weakref.finalize(reader, self.close).atexit = False
-        self._in_loop(loop.add_reader, self._reaper.fileno(), reader)
+        self._in_loop(loop.add_reader, self._reaper.fd, reader)
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
         """Call a function of the loop that only its own thread may call while it runs."""
@@ -115,10 +115,10 @@ class Registry:
         """Do what `observe` does for a child that it is told of by pid, in fewer steps where nothing is out of the way."""
         children = self._children
         with self._lock:
-            if pid not in children and not self.closed and choose(choice) == "pidfd":
-                pidfd = self._reaper.try_add(pid, _CHECK_CHILD)
+            if pid not in children and not self.closed and choice != "sigchld" and _backend.decision.name == "pidfd":
+                pidfd = _try_add(self._reaper.fd, pid, _CHECK_CHILD)
                 if pidfd >= 0:
-                    children[pid] = Child(pid, pidfd, self._pidfd, key, observer, args)
+                    children[pid] = make_child(pid, pidfd, self._pidfd, key, observer, args)
                     return
             self.observe(pid, key, observer, args=args, backend=choice)
 
@@ -129,14 +129,14 @@ class Registry:
     def expect(self, key: object, observer: Observer) -> Child:
         """Return a child that is to be forked, and will be observed then, by `let_out`."""
         self._check_open()
-        return Child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
+        return make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
 
     def let_out(self, child: Child, pid: int, gate: Gate) -> bool:
         """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
         with self._lock:
             if pid in self._children or self.closed or child.backend is not self._pidfd:
                 return False
-            pidfd = self._reaper.try_let_out(pid, gate.fd)
+            pidfd = _reaper.try_let_out(self._reaper.fd, pid, gate.fd)
             if pidfd < 0:
                 return False
             child.pid, child.pidfd = pid, pidfd
@@ -189,7 +189,7 @@ class Registry:
                 if not stranger:
                     raise
                 pidfd, foreign = backend.add(pid, flags), True
-        child = Child(pid, pidfd, backend, None, None)
+        child = make_child(pid, pidfd, backend, None, None)
         child.peek, child.stranger = peek, foreign
         return child
 
@@ -208,7 +208,7 @@ class Registry:
             last = self._children.get(pid)
             if last is not None:
                 self._is_of_the_past(last)  # it is, and so is told
-            child = self._children[pid] = Child(pid, pidfd, self._pidfd, key, observer)
+            child = self._children[pid] = make_child(pid, pidfd, self._pidfd, key, observer)
             return child
 
     def unobserve(self, pid: int, key: object) -> bool:

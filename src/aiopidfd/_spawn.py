@@ -100,7 +100,7 @@ def _spawn(
     streams = _Streams(stdin, stdout, stderr)
     try:
         pid, pidfd, step = _linux.spawn(
-            reaper.fileno(),
+            reaper.fd,
             paths,
             encoded_argv,
             env=encoded_env,
