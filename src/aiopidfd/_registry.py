@@ -20,7 +20,8 @@ from ._watched import Args, Child, Observer, make_child
 # How many batches one call of the loop reaps and tells of at most, before others have their turn.
 _BATCHES = 4
 
-_try_add, _CHECK_CHILD = _reaper.try_add, _reaper.ADD_CHECK_CHILD
+_try_add = _reaper.try_add
+_CHECK_CHILD = _reaper.ADD_CHECK_CHILD
 
 # How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
 STRANGER_GRACE_S = 1.0
