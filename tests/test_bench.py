@@ -44,7 +44,11 @@ def _skip_what_we_lack(benchmark: str, peer: str) -> None:
 @pytest.mark.parametrize(("benchmark", "peer"), _CELLS)
 def test_cell_gives_as_many_samples_as_asked_for(benchmark: str, peer: str, compiled: Path) -> None:
     _skip_what_we_lack(benchmark, peer)
-    cell = runner.run_cell(Job(benchmark, peer, _SMALLEST_X[benchmark], 0, 2), compiled, timeout_s=60)
+    for _ in range(10):
+        cell = runner.run_cell(Job(benchmark, peer, _SMALLEST_X[benchmark], 0, 2), compiled, timeout_s=60)
+        # aiotools opens the pidfd of its fork server's child when it is told of it, and fails if that has ended already.
+        if not (peer.startswith("aiotools") and cell.get("error", "").startswith("ProcessLookupError")):
+            break
     if "missing" in cell:
         pytest.skip(cell["missing"])
     assert "error" not in cell
