@@ -21,7 +21,7 @@ from .seccomp import NESTED, NO_PIDFDS, installing, python_under_filter, under_f
 
 BACKENDS = ["sigchld"]  # for conftest: each test chooses by itself
 
-CORE = ["test_watcher.py", "test_wait.py", "test_fork.py", "test_child.py"]
+CORE = ["test_watcher.py", "test_wait.py", "test_fork.py", "test_process.py", "test_child.py"]
 
 # The rest of the suite runs under one filter; a second one on top of it would test nothing more.
 pytestmark = pytest.mark.skipif(NESTED in os.environ, reason="runs under a filter already")
