@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import environment, goals, programs, report
+from . import before, environment, goals, programs, report
 from .plan import BENCHMARKS, plan_jobs
 from .progress import Progress
 from .results import VERSION, Cell, Results, load, save
@@ -51,6 +51,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer samples, smaller sizes: three minutes for everything")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"default: {_ROUNDS}, or {_QUICK_ROUNDS} if quick")
     parser.add_argument("--backend", choices=("pidfd", "sigchld"), help="of ours in latency and cost (default: both)")
+    parser.add_argument("--before", metavar="REVISION", help="measure ours alone, beside that earlier commit of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every sample in FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw a PNG and an SVG of each benchmark into DIR")
     options = parser.parse_args(arguments)
@@ -59,6 +60,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"no such benchmark: {', '.join(unknown)}")
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if options.before and options.plot:
+        parser.error("--before has no pictures")
     return options
 
 
@@ -68,6 +71,7 @@ def _describe_command(options: argparse.Namespace) -> str:
     parts += ["--quick"] if options.quick else []
     parts += [f"--rounds {options.rounds}"] if options.rounds else []
     parts += [f"--backend {options.backend}"] if options.backend else []
+    parts += [f"--before {options.before}"] if options.before else []
     return " ".join(parts)
 
 
@@ -78,6 +82,8 @@ def _run(options: argparse.Namespace) -> int:
         options.plot.mkdir(parents=True, exist_ok=True)
     rounds = options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS)
     jobs = plan_jobs(options.names or list(BENCHMARKS), rounds, quick=options.quick, backend=options.backend)
+    if options.before:
+        jobs = before.plan_pairs(jobs)
     results: Results = {
         "version": VERSION,
         "command": _describe_command(options),
@@ -88,6 +94,7 @@ def _run(options: argparse.Namespace) -> int:
     progress = Progress(jobs)
     with tempfile.TemporaryDirectory() as directory:
         programs.compile_all(Path(directory))
+        earlier = before.install(options.before, Path(directory)) if options.before else None
 
         def end(cell: Cell) -> None:
             results["cells"].append(cell)
@@ -98,11 +105,12 @@ def _run(options: argparse.Namespace) -> int:
             Path(directory),
             timeout_s=_QUICK_TIMEOUT_S if options.quick else _TIMEOUT_S,
             budget_s=_QUICK_BUDGET_S if options.quick else math.inf,
+            before=earlier,
             on_start=progress.start,
             on_end=end,
         )
     progress.clear()
-    print(report.write_report(results), end="")
+    print(before.write_comparison(results) if options.before else report.write_report(results), end="")
     if options.json:
         save(results, options.json)
     if options.plot:

@@ -79,10 +79,14 @@ class Table:
         It is taken inside each round, since a whole round may run on a slower machine than the next one; of these
         ratios the median is returned. None if no round has both.
         """
+        ratios = self.ratios(metric, numerator, denominator)
+        return statistics.median(ratios) if ratios else None
+
+    def ratios(self, metric: str, numerator: tuple[str, int], denominator: tuple[str, int]) -> list[float]:
+        """Return that ratio of each round that has both."""
         above = {round_: statistics.median(samples) for round_, samples in self._by_round(metric, *numerator)}
         below = {round_: statistics.median(samples) for round_, samples in self._by_round(metric, *denominator)}
-        ratios = [above[round_] / below[round_] for round_ in above if below.get(round_)]
-        return statistics.median(ratios) if ratios else None
+        return [above[round_] / below[round_] for round_ in above if below.get(round_)]
 
     def troubles(self, kind: Literal["missing", "error"]) -> dict[tuple[str, str], list[int]]:
         """Return each (peer, reason) with the values of x where it was met."""

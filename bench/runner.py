@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from .before import split_name
 from .cell import Outcome
 from .plan import Job
 from .results import Cell
@@ -18,12 +19,17 @@ from .results import Cell
 _ROOT = Path(__file__).parent.parent
 
 
-def run_cell(job: Job, programs: Path, timeout_s: float) -> Cell:
-    """Run one cell and return its samples, or why there are none.
+def run_cell(job: Job, programs: Path, timeout_s: float, before: Path | None = None) -> Cell:
+    """Run one cell and return its samples, or why there are none. `before`: where the earlier revision is installed.
 
     Returns when its last child has ended, too: they hold the cell's stdout. So the next cell has the machine for itself.
     """
-    arguments = [job.benchmark, job.peer, str(job.x), str(job.samples), str(programs)]
+    peer, is_before = split_name(job.peer)
+    arguments = [job.benchmark, peer, str(job.x), str(job.samples), str(programs)]
+    # Where multiprocessing leaves the directory of its sockets behind, since the cell ends without a clean-up.
+    environment = {**os.environ, "TMPDIR": str(programs)}
+    if is_before:
+        environment["PYTHONPATH"] = str(before)
     start_s = time.monotonic()
     # In a session of its own, so that Ctrl-C is ours alone: a cell that is killed takes its children with it.
     process = subprocess.Popen(
@@ -33,8 +39,7 @@ def run_cell(job: Job, programs: Path, timeout_s: float) -> Cell:
         stderr=subprocess.PIPE,
         text=True,
         cwd=_ROOT,
-        # Where multiprocessing leaves the directory of its sockets behind, since the cell ends without a clean-up.
-        env={**os.environ, "TMPDIR": str(programs)},
+        env=environment,
         start_new_session=True,
     )
     try:
@@ -65,6 +70,7 @@ def run_jobs(
     *,
     timeout_s: float,
     budget_s: float,
+    before: Path | None = None,
     on_start: Callable[[int, Job], None],
     on_end: Callable[[Cell], None],
 ) -> str:
@@ -84,7 +90,7 @@ def run_jobs(
                 return f"out of time after {number} of {len(jobs)} cells"
             done = number
             on_start(number, job)
-            cell = run_cell(job, programs, timeout_s)
+            cell = run_cell(job, programs, timeout_s, before)
             on_end(cell)
             if "missing" in cell:
                 given_up.add((job.benchmark, job.peer, None))
