@@ -6,6 +6,9 @@ import asyncio
 import os
 from typing import Any, Protocol
 
+# Both are asyncio.Transport, whose methods raise NotImplementedError: so what only the other direction has raises it, as on
+# uvloop's pipes.
+
 # loop.connect_read_pipe and connect_write_pipe would do, too, but they have to be waited for: a subprocess could be
 # cancelled half-made, and each pipe costs some five callbacks and a future.
 
@@ -22,7 +25,7 @@ class PipeProtocol(Protocol):
     def resume_writing(self) -> None: ...
 
 
-class ReadPipeTransport(asyncio.ReadTransport):
+class ReadPipeTransport(asyncio.Transport):
     """Pass on what can be read from a pipe, once `resume_reading` was called."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
@@ -84,6 +87,8 @@ class ReadPipeTransport(asyncio.ReadTransport):
             self._release()
             self._loop.call_soon(self._protocol.connection_lost, None)
 
+    abort = close
+
     def _release(self) -> None:
         if not self._paused:
             self._loop.remove_reader(self._fd)
@@ -91,7 +96,7 @@ class ReadPipeTransport(asyncio.ReadTransport):
         self._pipe.close()
 
 
-class WritePipeTransport(asyncio.WriteTransport):
+class WritePipeTransport(asyncio.Transport):
     """Write to a pipe, what does not fit into it when it can take more.
 
     As asyncio's: to write once it is closed does nothing; the other end's closing closes it.
