@@ -50,7 +50,6 @@ class Exemption(NamedTuple):
 
 ON_OUR_TRANSPORT = (*IN_C, SIGCHLD)
 _NO_CONNECTING = Exemption("it replaces loop.connect_read_pipe() or its like, which we do without", ON_OUR_TRANSPORT)
-_IN_C = Exemption("it replaces subprocess.Popen; programs are started in C", IN_C, run=False)
 
 # Unless they would leave a process, they are run, and must fail: an exemption that is no longer needed is an error.
 EXEMPTIONS = {
@@ -61,8 +60,6 @@ EXEMPTIONS = {
     "test_subprocess_read_pipe_cancelled": _NO_CONNECTING._replace(since=(3, 15), run=False),
     "test_subprocess_write_pipe_cancelled": _NO_CONNECTING._replace(since=(3, 15), run=False),
     "test_subprocess_read_write_pipe_cancelled": _NO_CONNECTING._replace(since=(3, 15), run=False),
-    "test_popen_error": _IN_C,
-    "test_popen_error_with_stdin_pipe": _IN_C,
     "test_watcher_implementation": Exemption(
         "it looks for asyncio's private loop._watcher, which uvloop's loops do not have", ON_UVLOOP, (3, 14)
     ),

@@ -18,7 +18,7 @@ import os
 import resource
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ._exit import RUSAGE_SIZE
 from ._ext import ffi, lib
@@ -130,7 +130,13 @@ def _block(strings: Sequence[bytes]) -> bytes:
     return b"\0".join(strings) + b"\0"
 
 
+def new_birth() -> Any:
+    """Return a new `ap_birth`, of no program."""
+    return ffi.new("ap_birth *", (0, -1, 0))
+
+
 def spawn(
+    birth: Any,
     reaper: int,
     paths: Sequence[bytes],
     argv: Sequence[bytes],
@@ -142,15 +148,16 @@ def spawn(
     umask: int,
     pgid: int,
     flags: int,
-) -> tuple[int, int, int]:
-    """Start a program, and hold its pidfd in the reaper of that descriptor.
+) -> tuple[int, int]:
+    """Start a program, note it in `birth`, and hold its pidfd in the reaper of that descriptor.
 
     The C contract, and what each argument means, is in cffi_build/spawn.h.
 
-    No string may hold a NUL byte. Returns the program's pid and pidfd, and STEP_EXEC. If that fails: minus the errno, -1,
-    and the step (STEP_*) that failed; then there is no child.
+    No string may hold a NUL byte. Returns 0 and STEP_PARENT. If that fails: the errno and the step (STEP_*) that failed;
+    then there is no child.
     """
     result = lib.ap_spawn(
+        birth,
         reaper,
         _block(paths),
         len(paths),
@@ -166,9 +173,7 @@ def spawn(
         pgid,
         flags,
     )
-    if result > 0:
-        return result >> 32, result & 0xFFFFFFFF, STEP_EXEC
-    return -(-result & 0xFFFF), -1, -result >> 16
+    return -result & 0xFFFF, -result >> 16
 
 
 def open_sigchld() -> int:

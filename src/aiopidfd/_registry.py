@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from . import _backend, _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
+from ._births import Birth, end_births
 from ._ends import Ends, exit_status
 from ._exit import ExitStatus
 from ._gate import Gate, Gates
@@ -46,6 +47,7 @@ class Registry:
         self.closed = False  # or set in a forked child, where the lock may be held by a thread that does not exist there
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
+        self.births: set[Birth] = set()
         self._ends = Ends(self.loop)
         _linux.open_sigchld()  # now: it is for when there are no descriptors left
         self._reaper = _reaper.Reaper()
@@ -199,10 +201,6 @@ class Registry:
             self._sigchld = SigchldBackend(self._reaper)
         return self._sigchld
 
-    def reaper_to_spawn_into(self) -> _reaper.Reaper | None:
-        """Return what is to hold the pidfd of a program that is started; None where pidfds are forbidden."""
-        return self._reaper if choose("auto") == "pidfd" else None
-
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
         """Observe a program whose pidfd the reaper holds since its birth."""
         with self._lock:
@@ -314,6 +312,8 @@ class Registry:
                     if gate is not None:
                         gate.hear(source == _reaper.SOURCE_GATE_READY)
                         untold.append(gate)
+                elif self.births:
+                    self.births -= {birth for birth in self.births if birth.pid == pid}
                 continue  # else unobserved since by a signal handler; or noted already, before an interrupt
             if source == pending:
                 if child.stranger:
@@ -366,6 +366,7 @@ class Registry:
                 return
             self.closed = True
             left = [child.pid for child in self._children.values() if not (child.peek or child.stranger)]
+            left += end_births(self.births)
             self._reaper.close()
             if self._sigchld is not None:
                 self._sigchld.close()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._backend import logger
+from ._births import Birth, expect_birth, observe_birth, undo_birth
 from ._exit import ExitStatus
 from ._pipes import ReadPipeTransport, WritePipeTransport
 from ._registries import registry_of
@@ -84,21 +85,23 @@ async def _start(
         _refuse_unsupported(kwargs)
     protocol = protocol_factory()
     registry = registry_of(loop)  # fails before there is a process, if it must
-    process, pidfd = start(registry.reaper_to_spawn_into(), args, *streams, **kwargs)
+    birth = expect_birth(registry)
+    process = transport = None
     try:
-        transport = SubprocessTransport(loop, registry, protocol, process, pidfd)
-        try:
-            transport._connect()
-        except BaseException:
-            transport._protocol = None  # it knows nothing of the process, and need not hear of its end
-            transport.close()
-            registry.unobserve(process.pid, transport)  # we reap it ourselves, which must not pass for a theft
-            raise
+        process = start(birth, args, *streams, **kwargs)
+        transport = SubprocessTransport(loop, registry, protocol, process, birth)
+        transport._connect()
+        if loop.get_debug():
+            logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
     except BaseException:
-        _end_half_made(process)
+        if transport is not None:
+            transport._protocol = None  # it knows nothing of the process, and need not hear of its end
+        undo_birth(registry, birth)  # before its pipes are closed, which it might take for a reason to end by itself
+        if transport is not None:
+            transport._abandon()
+        elif process is not None:
+            _close_pipes(process)
         raise
-    if loop.get_debug():
-        logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
     try:
         await asyncio.sleep(0)  # others have waited while we started it; and asyncio's callers can cancel it here
     except asyncio.CancelledError:
@@ -108,17 +111,10 @@ async def _start(
     return transport, protocol
 
 
-def _end_half_made(process: subprocess.Popen[bytes]) -> None:
-    """Close our ends of the pipes of a process that could not be watched or connected, kill it, and reap it."""
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
             pipe.close()
-    try:
-        process.kill()
-    except PermissionError:  # it runs as another user now; `subprocess` itself reaps it, when it starts another one
-        logger.warning("cannot kill process %d: it runs as another user", process.pid)
-    else:
-        process.wait()
 
 
 class SubprocessTransport(asyncio.SubprocessTransport):
@@ -136,7 +132,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         registry: Registry,
         protocol: asyncio.SubprocessProtocol,
         process: subprocess.Popen[bytes],
-        pidfd: int,
+        birth: Birth,
     ) -> None:
         super().__init__({"subprocess": process})
         self._loop = loop
@@ -148,16 +144,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._waiters: set[asyncio.Future[None]] = set()
         self._pipes: dict[int, _PipeProtocol] = {}
         self._child: Child | None = None
-        if pidfd >= 0:
-            self._child = registry.observe_spawned(process.pid, pidfd, self, self._process_exited)
-        else:
-            try:
-                self._child = registry.observe(process.pid, self, self._process_exited)
-            except (ProcessLookupError, ChildProcessError):
-                # Somebody else has reaped it between its birth and our pidfd_open.
-                if process.returncode is None:
-                    warn_lost(process.pid)
-                loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
+        try:
+            self._child = observe_birth(registry, birth, self._process_exited)
+        except (ProcessLookupError, ChildProcessError):
+            # Somebody else has reaped it between its birth and our pidfd_open.
+            if process.returncode is None:
+                warn_lost(process.pid)
+            loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
         self._closed = False
 
     def __repr__(self) -> str:
@@ -304,6 +297,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Close the pipes and kill the process, as asyncio's transports do; it is reaped all the same."""
         if not self._closed:
             self._end()
+
+    def _abandon(self) -> None:
+        """Close the pipes of a process that could not be connected."""
+        self._closed = True
+        for pipe in self._pipes.values():
+            if pipe.transport is not None:
+                pipe.transport.abort()
+        _close_pipes(self._process)
 
     def _end(self) -> bool:
         """Do what `close` does; return False if the process may not be killed, so that its end may be far."""

@@ -1,0 +1,87 @@
+"""subprocess.Popen: whether it is Python's own, and how it starts a program.
+
+Mocks, tracers (by wrapping, by replacing code), sandboxes and gevent put something of their own in the place of Popen, or of
+its methods. They must see what is started, as they do on asyncio's loops; so then it is started by what stands there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any, Final
+
+from ._births import Birth
+from ._streams import NeedsPopen, Streams
+
+
+def _find_popen() -> type[Any]:
+    """Return Python's own Popen, whatever stands in its place by now."""
+    for cls in (*getattr(subprocess.Popen, "__mro__", ()), *object.__subclasses__()):
+        if (cls.__module__, cls.__qualname__) == ("subprocess", "Popen"):
+            return cls  # type: ignore[no-any-return] # object.__subclasses__() is a list of types
+    return object
+
+
+if TYPE_CHECKING:
+    PythonsPopen = subprocess.Popen[bytes]
+else:
+    PythonsPopen = _find_popen()
+
+# What decides, or sees, what is started.
+_METHODS: Final = ("__init__", "_execute_child", "_get_handles")
+_GLOBALS: Final = vars(subprocess)
+_FILE: Final = subprocess.list2cmdline.__code__.co_filename
+
+
+def is_plain() -> bool:
+    """Return whether subprocess.Popen is Python's own, and nothing in it was replaced or wrapped."""
+    if subprocess.Popen is not PythonsPopen:
+        return False
+    methods = PythonsPopen.__dict__
+    for name in _METHODS:
+        function = methods.get(name)
+        if (
+            type(function) is not FunctionType  # a proxy says of itself what that which it wraps would say
+            or function.__globals__ is not _GLOBALS
+            or function.__code__.co_filename != _FILE
+            or function.__dict__  # where those that replace code keep the code that was there
+        ):
+            return False
+    if sys.version_info >= (3, 11):
+        fork = _GLOBALS["_fork_exec"]
+    else:
+        fork = _GLOBALS["_posixsubprocess"].fork_exec
+    return type(fork) is BuiltinFunctionType and "__new__" not in methods
+
+
+def popen(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+    """Start a program by subprocess.Popen, or by what stands in its place, with the arguments that asyncio gives it."""
+    keywords = {"shell": False, "universal_newlines": False, "bufsize": 0, **kwargs}
+    if not is_plain():
+        process: subprocess.Popen[bytes] = subprocess.Popen(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)
+        birth.popen = process
+        return process
+    # Until Python 3.11.4, when Popen cannot make its second pipe it loses the first, so it is given pipes.
+    # https://github.com/python/cpython/issues/87474
+    streams = None
+    if sys.version_info < (3, 11, 4) and "pipesize" not in kwargs:
+        with contextlib.suppress(NeedsPopen):  # Popen will say what is wrong
+            streams = Streams(stdin, stdout, stderr)
+    if streams is not None:
+        stdin, stdout, stderr = (None if fd < 0 else fd for fd in streams.child)
+    # Known before it has a child, so that an interrupt on the way out of it does not lose that.
+    process = birth.popen = subprocess.Popen.__new__(subprocess.Popen)
+    try:
+        process.__init__(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)  # type: ignore[misc]
+        if streams is not None:
+            process.stdin, process.stdout, process.stderr = streams.ours
+    except BaseException:
+        if streams is not None:
+            streams.close_ours()
+        raise
+    finally:
+        if streams is not None:
+            streams.close_childs()
+    return process

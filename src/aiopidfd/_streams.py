@@ -1,0 +1,66 @@
+"""The standard streams of a program that is being started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from io import FileIO
+from typing import Any
+
+
+class NeedsPopen(Exception):
+    """The call has something that only Popen can do, or has to refuse in its words."""
+
+
+def descriptor(value: Any) -> int:
+    """Return `value` if it can be a descriptor."""
+    if not isinstance(value, int) or not 0 <= value <= 0x7FFFFFFF:
+        raise NeedsPopen
+    return value
+
+
+class Streams:
+    """The child's ends and ours."""
+
+    def __init__(self, stdin: Any, stdout: Any, stderr: Any) -> None:
+        self.ours: list[FileIO | None] = [None, None, None]
+        self._childs: list[int] = []  # to be closed here once the child has them
+        self._devnull = -1  # one for all of them
+        made = [-1, -1, -1]
+        try:
+            for number, wanted in enumerate((stdin, stdout, stderr)):
+                if wanted is not None:
+                    made[number] = self._make(number, wanted, made[1])
+        except BaseException:
+            self.close_childs()
+            self.close_ours()
+            raise
+        self.child = made
+
+    def _make(self, number: int, wanted: Any, stdout: int) -> int:
+        if wanted == subprocess.PIPE:
+            read, write = os.pipe()
+            child, ours = (read, write) if number == 0 else (write, read)
+            self._childs.append(child)
+            self.ours[number] = FileIO(ours, "wb" if number == 0 else "rb")
+            return child
+        if wanted == subprocess.DEVNULL:
+            if self._devnull < 0:
+                self._devnull = os.open(os.devnull, os.O_RDWR)
+                self._childs.append(self._devnull)
+            return self._devnull
+        if wanted == subprocess.STDOUT and number == 2 and stdout >= 0:
+            return stdout
+        return descriptor(wanted if isinstance(wanted, int) else wanted.fileno())
+
+    def close_childs(self) -> None:
+        """Close the child's ends of the pipes, and what else was opened for it."""
+        for fd in self._childs:
+            os.close(fd)
+        self._childs.clear()
+
+    def close_ours(self) -> None:
+        """Close our ends of the pipes."""
+        for stream in self.ours:
+            if stream is not None:
+                stream.close()
