@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -49,9 +50,13 @@ unsigned long long ap_set_signal_mask(unsigned long long mask)
     return old_mask;
 }
 
-int ap_set_pdeathsig(int signal)
+int ap_set_pdeathsig(int signal, int gate)
 {
-    return prctl(PR_SET_PDEATHSIG, (unsigned long)signal) < 0 ? -errno : 0;
+    struct pollfd closed = {.fd = gate, .events = POLLRDHUP};
+
+    if (prctl(PR_SET_PDEATHSIG, (unsigned long)signal) < 0)
+        return -errno;
+    return poll(&closed, 1, 0) <= 0;
 }
 
 /* Replace `fd` by a copy of `null` if it is an epoll descriptor. Returns whether it was, or -EBADF. */

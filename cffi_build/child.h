@@ -12,8 +12,10 @@ int ap_is_ignored(int signal);
  * libc keeps two for itself, which stay as they are. */
 unsigned long long ap_set_signal_mask(unsigned long long mask);
 
-/* Ask for `signal` when the thread that forked this process ends; 0 asks for none. See PR_SET_PDEATHSIG in prctl(2). */
-int ap_set_pdeathsig(int signal);
+/* Ask for `signal` when the thread that forked this process ends; 0 asks for none. See PR_SET_PDEATHSIG in prctl(2).
+ * `gate` is a socket whose other end the parent holds, and nobody else. Returns 1, or 0 if the parent had died before: its
+ * descriptors are closed before its children get their signals. getppid() does not tell, between two PID namespaces. */
+int ap_set_pdeathsig(int signal, int gate);
 
 /* Cut this process off from every epoll descriptor that it inherited, without changing what its parent watches: each is
  * replaced in place by /dev/null, so that its number can neither reach the parent's epoll nor be reused under an object

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import fcntl
 import json
@@ -384,31 +383,3 @@ async def test_threads_of_the_child_are_waited_for() -> None:
         threading.Thread(target=late).start()
 
     assert await (await afork(child)).wait() == 33
-
-
-async def test_child_gets_pdeathsig_when_its_parent_dies() -> None:
-    read, write = os.pipe()
-
-    def middle() -> None:
-        async def main() -> None:
-            child = await afork(signal.pause, pdeathsig=signal.SIGTERM)
-            child.detach()
-            os.write(write, b"%d\n" % child.pid)
-
-        asyncio.run(main())
-
-    child = await afork(middle)
-    await child.wait()
-    pid = int(os.read(read, 20))
-    with contextlib.suppress(ProcessLookupError):  # it may be gone before we can look
-        assert (await wait(pid)).returncode in (-signal.SIGTERM, None)
-    os.close(read)
-    os.close(write)
-
-
-async def test_pdeathsig_of_a_parent_that_is_dead_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The race between the fork and prctl: forced by a child that sees another parent than the one it was told of."""
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    with pytest.raises(aiopidfd.ChildStartError) as caught:
-        await afork(signal.pause, pdeathsig=signal.SIGTERM)
-    assert caught.value.exit_status.returncode == -signal.SIGTERM

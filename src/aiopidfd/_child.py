@@ -7,11 +7,10 @@ of Python's has some, and so has the first look at an attribute of a module: hen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
-import threading
-import traceback
 from _signal import (  # type: ignore[import-not-found] # not in typeshed
     SIG_DFL,
     SIGCHLD,
@@ -27,6 +26,8 @@ from contextvars import Context
 from functools import partial
 from typing import Literal, NamedTuple, NoReturn
 
+from ._child_exit import begin, finish, flush_streams, print_exception
+from ._child_loop import forget_current_loop
 from ._gate import READY
 from ._linux import caught_signals, detach_epolls, is_ignored, set_pdeathsig, set_signal_mask
 
@@ -61,7 +62,6 @@ class Birth(NamedTuple):
     gate: int
     old_mask: int
     loop: asyncio.AbstractEventLoop
-    parent_pid: int
     context: Context  # a copy of the parent's
 
 
@@ -78,25 +78,31 @@ def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
 
 
 def _run(start: Callable[[], Callable[[], object]]) -> int:
+    started = False
     try:
-        code = exit_code(start()())
+        live = start()
+        started = True
+        code = exit_code(live())
     except SystemExit as exc:
         code = _system_exit_code(exc)
     except KeyboardInterrupt:
-        flush_streams()
+        code = -signal.SIGINT
+    except BaseException:
+        print_exception()
+        code = 1
+    if started:
+        finish()
+    else:
+        flush_streams(BaseException)
+    if code < 0:
         _die_by_sigint()
         code = 128 + signal.SIGINT  # SIGINT is blocked or ignored by the child's own doing
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    _finish_threads()
-    flush_streams()
     return code
 
 
 def start(birth: Birth) -> Callable[[], object]:
     """Make a newly forked child clean, all signals blocked until then, tell that it is ready; return what it is to run."""
-    child_func, options, gate, mask, loop, parent_pid, context = birth
+    child_func, options, gate, mask, loop, context = birth
     try:
         # While the parent sees to it that we are watched.
         _clean(loop, gate)
@@ -104,9 +110,10 @@ def start(birth: Birth) -> Callable[[], object]:
         # Not before we are: we could be reaped by somebody else.
         if not os.read(gate, 1):
             raise SystemExit(1)  # the parent has given us up
-    settle(options, parent_pid, gate, mask)
+    settle(options, gate, mask)
     if options[0] == "auto":
         notify_ready()
+    begin()
     return partial(context.run, child_func)
 
 
@@ -118,8 +125,12 @@ def _clean(loop: asyncio.AbstractEventLoop, gate: int) -> None:
     if task is not None:
         _leave_task(loop, task)
     _set_running_loop(None)
-    if getattr(events, "_event_loop_policy", _UNKNOWN) is not None:  # else there is none to be set, nor a policy made
-        events.set_event_loop(None)
+    policy = getattr(events, "_event_loop_policy", _UNKNOWN)
+    if policy is not None:  # else there is no loop set, nor a policy made
+        try:
+            forget_current_loop(policy)
+        except Exception:  # a policy of somebody's
+            print_exception()
 
 
 def reset_signals() -> None:
@@ -137,17 +148,15 @@ def reset_signals() -> None:
         _set_handler(SIGINT, default_int_handler)
 
 
-def settle(options: Options, parent_pid: int, gate: int, mask: int) -> None:
+def settle(options: Options, gate: int, mask: int) -> None:
     """Give a clean child what was asked for, its descriptor to say on that it is ready, and its signals."""
     _, start_new_session, process_group, pdeathsig = options
     if start_new_session:
         os.setsid()
     elif process_group is not None:
         os.setpgid(0, process_group)
-    if pdeathsig is not None:
-        set_pdeathsig(pdeathsig)
-        if os.getppid() != parent_pid:  # it has died already, and nobody will tell us any more
-            os.kill(os.getpid(), pdeathsig)
+    if pdeathsig is not None and not set_pdeathsig(pdeathsig, gate):
+        os.kill(os.getpid(), pdeathsig)  # the parent has died already, and nobody will tell us any more
     global _ready_fd  # noqa: PLW0603 - a process is born once
     _ready_fd = gate
     set_signal_mask(mask)
@@ -203,23 +212,10 @@ def _system_exit_code(exc: SystemExit) -> int:
         return 0
     if isinstance(exc.code, int):
         return exc.code & 0xFF
-    print(exc.code, file=sys.stderr)
+    with contextlib.suppress(BaseException):  # there is nobody else to tell
+        if sys.stderr is not None:
+            print(exc.code, file=sys.stderr)
     return 1
-
-
-def _finish_threads() -> None:
-    """Wait for the threads that the child has started, as the interpreter does before it exits."""
-    threading._shutdown()  # type: ignore[attr-defined] # not in typeshed; what multiprocessing's children call, too
-
-
-def flush_streams() -> None:
-    """Write out what stdout and stderr have buffered, if they can still be written to."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):  # OSError: nobody reads it any more; ValueError: closed
-            pass
 
 
 def _die_by_sigint() -> None:

@@ -19,6 +19,7 @@ from typing import cast
 
 from . import _child, _linux
 from ._child import Options, Ready
+from ._child_exit import flush_streams, note_inherited
 from ._exit import ExitStatus
 from ._gate import Gate
 from ._process import AbstractChildProcess, expect_child, watch_expected
@@ -179,10 +180,11 @@ def _fork(
         gate = child._registry.gates.open(loop)
         try:
             child._end.future.add_done_callback(gate.hear_end)
-            _child.flush_streams()  # else both of us would write what is buffered
+            note_inherited()
+            flush_streams()  # else both of us would write what is buffered
             old_mask = _linux.set_signal_mask(_linux.ALL_SIGNALS)
             try:
-                birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, os.getpid(), copy_context())
+                birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, copy_context())
                 live = partial(_child.run_to_end, partial(_child.start, birth))
                 pid, pidfd = fork_()
                 if pid == 0:

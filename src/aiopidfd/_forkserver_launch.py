@@ -93,10 +93,8 @@ async def _fork_server(
     *,
     stacklevel: int,
 ) -> AbstractChildProcess:
-    parent_pid = os.getpid()
-
     def live() -> None:
-        serve(wire, [name for name in preload if name != "__main__"], parent_pid)
+        serve(wire, [name for name in preload if name != "__main__"])
 
     if features.made_by == "os.fork":
         _fork.warn_of_threads(stacklevel)
@@ -116,7 +114,7 @@ def _spawn(wire: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:
     paths = [path for path in sys.path if isinstance(path, str)]
     program = (
         f"import sys; sys.path[:] = {paths!r}; from aiopidfd._forkserver_main import main; "
-        f"main({number}, {modules!r}, {os.getpid()}, {main_module(preload)!r})"
+        f"main({number}, {modules!r}, {main_module(preload)!r})"
     )
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # what multiprocessing uses, too
     pid = os.posix_spawn(

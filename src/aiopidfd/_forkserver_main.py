@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final, NamedTuple
 
-from . import _child, _fork, _linux
+from . import _child, _child_exit, _fork, _linux
 from ._child import Options
 
 REQUEST: Final = struct.Struct("=Q")  # number
@@ -51,7 +51,6 @@ class Server(NamedTuple):
     """What a worker is to know of the server that it comes from."""
 
     wire: socket.socket
-    parent_pid: int
     mask: int
 
 
@@ -63,9 +62,9 @@ def pack_order(options: Options, pass_fds: Sequence[int], body_size: int) -> byt
     return head + struct.pack(f"={len(pass_fds)}i", *pass_fds)
 
 
-def serve(wire: socket.socket, preload: Sequence[str], parent_pid: int) -> None:
+def serve(wire: socket.socket, preload: Sequence[str]) -> None:
     """Fork workers until the parent has closed its end of the wire."""
-    server = Server(wire, parent_pid, _linux.set_signal_mask(_linux.ALL_SIGNALS))
+    server = Server(wire, _linux.set_signal_mask(_linux.ALL_SIGNALS))
     try:
         if _greet(server, preload):
             while _serve_one(server):
@@ -87,7 +86,7 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker.
     _child.reset_signals()
     _linux.detach_epolls(server.wire.fileno())
-    _child.flush_streams()
+    _child_exit.flush_streams()
     server.wire.send(REPLY.pack(0, 0, 0))
     return True
 
@@ -110,6 +109,7 @@ def _serve_one(server: Server) -> bool:
 
 def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
     """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
+    _child_exit.note_inherited()
     try:
         pid, pidfd = _linux.fork(_linux.FORK_SIBLING)
     except OSError as exc:
@@ -140,6 +140,7 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
 def _start(server: Server, fds: list[int]) -> Callable[[], object]:
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
     os.close(server.wire.detach())
+    _child_exit.begin()  # while it waits for its order
     gate = _Gate(fds[0])
     manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
     numbers = struct.unpack(f"={count}i", gate.read(4 * count)) if count else ()
@@ -150,7 +151,7 @@ def _start(server: Server, fds: list[int]) -> Callable[[], object]:
         if numbers:
             gate.fd = _move_out_of(numbers, gate.fd)
             _renumber(fds[1:], numbers)
-        _child.settle(options, server.parent_pid, gate.fd, server.mask)
+        _child.settle(options, gate.fd, server.mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
         _tell_failure(gate.fd)
@@ -244,7 +245,7 @@ def _write(gate: int, data: bytes) -> None:
         pass
 
 
-def main(wire: int, preload: Sequence[str], parent_pid: int, main_module: dict[str, str]) -> None:
+def main(wire: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
     """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
     _fork.hook_forks()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
@@ -253,4 +254,4 @@ def main(wire: int, preload: Sequence[str], parent_pid: int, main_module: dict[s
             from multiprocessing import spawn  # noqa: PLC0415 - only for this
 
             spawn.prepare(main_module)
-        serve(end, preload, parent_pid)
+        serve(end, preload)

@@ -242,11 +242,15 @@ ALL_SIGNALS: Final = (1 << 64) - 1
 set_signal_mask: Final[Callable[[int], int]] = lib.ap_set_signal_mask
 
 
-def set_pdeathsig(signal: int) -> None:
-    """Have `signal` sent to this process when the thread that forked it ends. EINVAL: no such signal."""
-    result = lib.ap_set_pdeathsig(signal)
+def set_pdeathsig(signal: int, gate: int) -> bool:
+    """Have `signal` sent to this process when the thread that forked it ends; return False if its process has died already.
+
+    `gate` is a socket whose other end only the parent holds. EINVAL: no such signal.
+    """
+    result = lib.ap_set_pdeathsig(signal, gate)
     if result < 0:
         raise error(-result, f"prctl(PR_SET_PDEATHSIG, {signal})")
+    return bool(result)
 
 
 FORK_SIBLING: Final = lib.AP_FORK_SIBLING
