@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,13 +121,32 @@ def open_descriptors() -> dict[int, str]:
     return found
 
 
+# Whether the kernel lists the children of each thread (CONFIG_PROC_CHILDREN).
+lists_children = os.path.exists("/proc/thread-self/children")
+
+
 def children() -> set[int]:
-    """The children of this process, zombies and those without an exit signal among them."""
+    """The children of this process, zombies and those without an exit signal among them.
+
+    FileNotFoundError: there is no /proc, and no other way to know.
+    """
+    if not lists_children:
+        return {pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if parent_of(pid) == os.getpid()}
     pids: set[int] = set()
     for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children", encoding="ascii") as listing:
-            pids.update(int(pid) for pid in listing.read().split())
+        # ENOENT, ESRCH: that thread has just ended. What it had is another one's now, and our main thread never ends.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            pids.update(map(int, Path(f"/proc/self/task/{task}/children").read_text(encoding="ascii").split()))
     return pids
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process, or of a zombie; None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            return int(stat.read().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 @pytest.fixture(autouse=True)
