@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 # Signals that kill, of every kind: with and without a core, and real-time ones.
 DEADLY = [1, 2, 3, 4, 6, 8, 9, 10, 11, 13, 14, 15, 31, 34, 50, 64]
 
@@ -122,6 +124,51 @@ def few_descriptors(free: int) -> Iterator[None]:
 def await_zombie(pid: int) -> None:
     """Return once the child has ended; leave it unreaped."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def state_of(pid: int) -> str:
+    """The state of a process, as /proc tells it."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
+
+
+_TRACER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+pid, PTRACE_SEIZE, WALL = int(sys.argv[1]), 0x4206, 0x40000000
+if libc.ptrace(PTRACE_SEIZE, pid, None, None) < 0:
+    print(os.strerror(ctypes.get_errno()), flush=True)
+    sys.exit()
+print("traced", flush=True)
+sys.stdin.readline()
+os.waitpid(pid, WALL)
+sys.stdin.readline()
+"""
+
+
+class Tracer:
+    """Who traces a child of ours: as long as it holds it, the child's end can be seen and not reaped."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        self._orders = process.stdin
+
+    def let_go(self) -> None:
+        """Leave the zombie to us."""
+        print(file=self._orders, flush=True)
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[Tracer]:
+    """A tracer of that child; skips where processes cannot be traced."""
+    command = [sys.executable, "-c", _TRACER, str(pid)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline().strip()
+        if answer != "traced":
+            pytest.skip(f"processes cannot be traced here: {answer}")
+        yield Tracer(process)
 
 
 _PARENT = """

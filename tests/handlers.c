@@ -2,6 +2,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -26,6 +27,9 @@ int set_default(int flags);
 /* Return the flags that SIGCHLD has now. */
 int get_flags(void);
 
+/* Set errno, get a SIGCHLD in this thread, and return what errno is then. */
+int errno_after_signal(int value);
+
 static struct sigaction before[HANDLERS];
 static _Atomic(int) calls[HANDLERS];
 static sigset_t mask;
@@ -34,6 +38,7 @@ static void handle(int which, int signal, siginfo_t *info, void *context)
 {
     atomic_fetch_add(&calls[which], 1);
     (void)pthread_sigmask(SIG_SETMASK, NULL, &mask);
+    errno = EDOM; /* as one does that has made system calls, and cares for nobody */
     if (which > 1)
         return;
     if (before[which].sa_flags & SA_SIGINFO)
@@ -87,4 +92,11 @@ int get_flags(void)
 
     (void)sigaction(SIGCHLD, NULL, &found);
     return found.sa_flags;
+}
+
+int errno_after_signal(int value)
+{
+    errno = value;
+    (void)raise(SIGCHLD);
+    return errno;
 }

@@ -24,6 +24,7 @@ from aiopidfd import (
     afork,
     notify_ready,
 )
+from aiopidfd._gate import READY
 from aiopidfd._linux import set_signal_mask
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
@@ -218,6 +219,19 @@ async def test_child_that_has_ended_when_it_is_heard_to_be_ready_was_ready() -> 
     (pid,) = children()
     await_zombie(pid)  # the loop stands still: it will learn of both at once
     assert await (await starting).wait() == 4
+
+
+async def test_word_that_is_unread_at_the_end_of_the_child_counts() -> None:
+    """It comes before the end, but the loop may have looked at the gate before both, and at the child after both."""
+    loop = asyncio.get_running_loop()
+    gates = registry_of(loop).gates
+    for word in (READY, b""):
+        gate = gates.open(loop)
+        os.write(gate.child_fd, word)
+        os.close(gate.child_fd)
+        gate.hear_end(None)
+        assert gate.said.result() is bool(word)
+        gates.close(gate)
 
 
 async def test_child_that_has_ended_without_a_word_was_not_ready() -> None:

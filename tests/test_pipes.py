@@ -49,7 +49,7 @@ async def test_writer_waits_until_the_process_reads() -> None:
         await drain()
         assert not draining.done()
         release()
-        await draining
+        await asyncio.wait_for(draining, 10)
         writer.close()
         assert await process.wait() == 0
 

@@ -174,7 +174,11 @@ async def test_async_with_ends_the_child_also_when_cancelled() -> None:
     using.cancel()
     with pytest.raises(asyncio.CancelledError):
         await using
-    assert await pids[0].wait() == -signal.SIGKILL
+    try:
+        assert await asyncio.wait_for(pids[0].wait(), 10) == -signal.SIGKILL
+    finally:
+        if pids[0].returncode is None:
+            pids[0].kill()
 
 
 async def test_dropped_handle_warns_and_its_child_is_reaped_not_killed() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from aiopidfd import _linux, _reaper
 
-from .children import held, one_held
+from .children import held, one_held, state_of, traced
 from .conftest import BACKENDS, open_descriptors
 from .seccomp import python_under_filter
 
@@ -65,6 +68,80 @@ def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: _reaper
             os.close(writer)
         assert not is_readable(reaper)
         assert list(reaper.reap()[1]) == []
+
+
+def test_removed_process_is_not_reported_although_a_forked_process_holds_a_copy(reaper: _reaper.Reaper) -> None:
+    """Whoever has only closed its pidfd is told of its end by a number that may be another descriptor's."""
+    reader, writer = os.pipe()
+    with one_held() as child:
+        pidfd = reaper.add(child.pid, 0)
+        holder = fork_without_hooks(reader)
+        try:
+            reaper.remove(pidfd)
+            assert os.path.exists(f"/proc/{holder}/fd/{pidfd}")
+            child.end_unreaped(7)
+            assert not is_readable(reaper)
+            assert list(reaper.reap()[1]) == []
+        finally:
+            os.write(writer, b"x")
+            os.waitpid(holder, 0)
+            os.close(reader)
+            os.close(writer)
+
+
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """Have signals interrupt whatever waits in this thread: in what never waits, nobody notices."""
+    done, thread = threading.Event(), threading.get_ident()
+
+    def interrupt() -> None:
+        while not done.wait(0.05):
+            signal.pthread_kill(thread, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        interrupter.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: _reaper.Reaper) -> None:
+    with one_held() as child, traced(child.pid) as tracer:
+        pidfd = reaper.add(child.pid, 0)
+        child.end(14)
+        while state_of(child.pid) != "Z":
+            os.sched_yield()
+        with interrupted():
+            assert list(reaper.reap()[1]) == []
+            assert is_readable(reaper)  # once more, at once: what has changed meanwhile would be seen
+            assert list(reaper.reap()[1]) == []
+        assert not is_readable(reaper)
+        tracer.let_go()
+        poll = select.poll()
+        poll.register(reaper.fd, select.POLLIN)
+        assert poll.poll(10_000) != []
+        assert [record[:3] for record in reaper.reap()[1]] == [(child.pid, pidfd, 14 << 8)]
+
+
+def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reaper: _reaper.Reaper) -> None:
+    ours, childs = reaper.open_gate(1)
+    os.close(childs)
+    _linux.close_owned(ours)
+    os.dup2(0, ours)  # somebody else's from now on
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _linux.let_go()
+            os.fstat(ours)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(ours)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: _reaper.Reaper) -> None:

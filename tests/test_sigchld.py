@@ -403,7 +403,7 @@ async def test_python_handler_from_before_is_called_too(no_checks: None) -> None
         waiting = await watch_one(child)
         child.end(1)
         assert (await waiting).returncode == 1
-        await noted.called.wait()
+        await asyncio.wait_for(noted.called.wait(), 10)
 
 
 async def test_python_handler_that_replaced_ours_is_called_and_delays_by_one_check_at_most() -> None:

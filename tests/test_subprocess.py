@@ -250,7 +250,7 @@ async def test_wait_returns_at_exit_though_a_grandchild_holds_the_pipe() -> None
     with gate() as (held, release):
         process = await asyncio.create_subprocess_shell(f"{reading(held)} & exit 4", stdout=PIPE, pass_fds=(held,))
         assert process.stdout is not None
-        assert await process.wait() == process.returncode == 4
+        assert await asyncio.wait_for(process.wait(), 10) == process.returncode == 4
         assert not process.stdout.at_eof()
         release()
         assert await process.stdout.read() == b""

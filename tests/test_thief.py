@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +24,7 @@ from aiopidfd._linux import can_recover_exit, error
 from aiopidfd._pidfd import PidfdBackend
 from aiopidfd._registries import registry_of
 
-from .children import Held, Stranger, await_zombie, held, one_held, undebugged_environment
+from .children import Held, Stranger, await_zombie, held, one_held, state_of, traced, undebugged_environment
 from .conftest import BACKENDS, LoopFactory, children, run_on
 from .seccomp import compile_c, python_under_filter
 
@@ -473,54 +472,22 @@ async def test_stolen_child_can_still_be_observed_until_it_is_told(assert_told: 
 
 # A tracer between the child and us.
 
-_TRACER = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-pid, PTRACE_SEIZE, WALL = int(sys.argv[1]), 0x4206, 0x40000000
-if libc.ptrace(PTRACE_SEIZE, pid, None, None) < 0:
-    print(os.strerror(ctypes.get_errno()), flush=True)
-    sys.exit()
-print("traced", flush=True)
-sys.stdin.readline()
-os.waitpid(pid, WALL)
-sys.stdin.readline()
-"""
 
-
-async def test_traced_child_is_told_when_the_tracer_lets_go(backend: str) -> None:
+async def test_traced_child_is_told_when_the_tracer_lets_go() -> None:
     """Its pidfd is readable and there is nothing to reap: that neither blocks the loop nor keeps it busy."""
-    with (
-        one_held() as child,
-        subprocess.Popen(
-            [sys.executable, "-c", _TRACER, str(child.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as tracer,
-    ):
-        assert tracer.stdin is not None
-        assert tracer.stdout is not None
-        answer = tracer.stdout.readline().strip()
-        if answer != "traced":
-            pytest.skip(f"processes cannot be traced here: {answer}")
+    with one_held() as child, traced(child.pid) as tracer:
         waiting = await watched(child.pid)
         child.end(14)
         while state_of(child.pid) != "Z":
             await asyncio.sleep(0)
         await drain()
-        before = time.process_time()
-        await asyncio.sleep(0.4)
-        assert time.process_time() - before < 0.1  # a busy loop would have used most of it
+        poll = select.poll()
+        poll.register(registry_of(asyncio.get_running_loop())._reaper.fd, select.POLLIN)
+        assert poll.poll(0) == []  # or the loop would look again at once, and again
         assert not waiting.done()
-        tracer.stdin.write("let go\n")
-        tracer.stdin.flush()
+        tracer.let_go()
         status = await waiting
         assert (status.returncode, status.source) == (14, "reaped")
-        tracer.stdin.write("end\n")
-
-
-def state_of(pid: int) -> str:
-    """The state of a process, as /proc tells it."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
-        return stat.read().rpartition(")")[2].split()[0]
 
 
 # Out of descriptors.

@@ -172,9 +172,10 @@ async def test_every_observer_of_a_child_is_told_once() -> None:
         PidfdWatcher().add_child_handler(child.pid, second)
         waits = [asyncio.ensure_future(wait(child.pid, reap=reap)) for reap in (True, False)]
         await asyncio.sleep(0)
-        child.end(6)
-        assert [status.returncode for status in await asyncio.gather(*waits)] == [6, 6]
-        assert await first.all() == await second.all() == [(child.pid, 6)]
+        child.end_unreaped(6)
+        await drain()
+        assert [waiting.done() and waiting.result().returncode for waiting in waits] == [6, 6]
+        assert first.calls == second.calls == [(child.pid, 6)]
 
 
 async def test_loop_gets_one_reader_whatever_the_number_of_children(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +212,8 @@ async def test_raising_callback_reaches_the_exception_handler_and_harms_no_other
             PidfdWatcher().add_child_handler(child.pid, calls)
             PidfdWatcher().add_child_handler(child.pid, fail)
             child.end_unreaped(0)
-        await calls.all()
         await drain()
+        assert sorted(calls.calls) == sorted((child.pid, 0) for child in (one, two))
     assert [context["exception"] for context in contexts] == [error, error]
 
 

@@ -1,0 +1,25 @@
+"""What our SIGCHLD handler does to whoever it interrupts."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import signal
+
+from aiopidfd import _linux
+
+from .seccomp import compile_c
+
+
+def test_handler_leaves_errno_alone() -> None:
+    """Whatever it calls may change it; code that is interrupted before it has looked at its own errno must not see that."""
+    handlers = ctypes.CDLL(str(compile_c("handlers.c", "-shared", "-fPIC")))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        assert handlers.install_handler(2) == 0
+        assert _linux.install_sigchld()
+        assert handlers.errno_after_signal(errno.EXDEV) == errno.EXDEV
+        assert handlers.count_calls(2) == 1
+    finally:
+        _linux.restore_sigchld()
+        signal.signal(signal.SIGCHLD, before)
