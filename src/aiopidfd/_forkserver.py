@@ -45,6 +45,11 @@ class ForkServer:
     One worker is forked ahead of its order: it is an idle process more, and what comes next need not wait for a fork.
     `pass_fds` does, since descriptors go by way of the server.
 
+    The server keeps no descriptor of this process whose end somebody may wait for: no pipe, socket or terminal, no file that
+    is locked at that moment, nothing but plain files. With "fork" their numbers become those of /dev/null. It keeps the
+    standard streams and, with "fork", other files and folders, as one that logging writes to. Workers get the rest by
+    `pass_fds`.
+
     The server ends with this object, at the latest with this process. Workers live on; the server may be killed, too.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import _fork, _linux
+from . import _fork, _inherited, _linux
 from ._child import Options
 from ._forkserver_main import serve
 from ._process import AbstractChildProcess, watch_forked
@@ -61,7 +62,7 @@ async def launch(
 
     Raises OSError: as fork(2), clone(2) or posix_spawn(3).
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = map(_clear_of_streams, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     _fork.keep_from_children(ours)
     try:
         with theirs:
@@ -76,6 +77,14 @@ async def launch(
         ours.close()
         raise
     return server, ours, features
+
+
+def _clear_of_streams(end: socket.socket) -> socket.socket:
+    """Return `end`, or a copy that replaces it if it has the number of a standard stream, which was closed then."""
+    if end.fileno() > 2:
+        return end
+    with end:
+        return socket.socket(fileno=fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def _choose_fork() -> ForkServerFeatures:
@@ -93,14 +102,30 @@ async def _fork_server(
     *,
     stacklevel: int,
 ) -> AbstractChildProcess:
+    inherited: list[int] | BaseException = []
+
+    def fork() -> tuple[int, int]:
+        nonlocal inherited
+        snapshot = _inherited.Snapshot()
+        try:
+            pid, pidfd = _fork.fork() if features.made_by == "os.fork" else _linux.fork()
+            if pid == 0:
+                try:
+                    inherited = snapshot.find_inherited()
+                except BaseException as exc:  # MemoryError. Raised here it would take the child into the parent's code
+                    inherited = exc
+            return pid, pidfd
+        finally:
+            snapshot.close()
+
     def live() -> None:
+        if isinstance(inherited, BaseException):
+            raise inherited
+        _inherited.replace_inherited(inherited, wire.fileno())
         serve(wire, [name for name in preload if name != "__main__"])
 
     if features.made_by == "os.fork":
         _fork.warn_of_threads(stacklevel)
-        fork = _fork.fork
-    else:
-        fork = _linux.fork
     return await _fork.start_child(loop, live, Options(), fork)
 
 

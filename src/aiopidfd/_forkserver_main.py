@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final, NamedTuple
 
-from . import _child, _child_exit, _fork, _linux
+from . import _child, _child_exit, _fork, _inherited, _linux
 from ._child import Options
 
 REQUEST: Final = struct.Struct("=Q")  # number
@@ -247,6 +247,7 @@ def _write(gate: int, data: bytes) -> None:
 
 def main(wire: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
     """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
+    _inherited.close_inherited(wire)
     _fork.hook_forks()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
         end.set_inheritable(False)
