@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _backend, _linux, _registry, _sigchld, afork, wait
+from aiopidfd import PidfdWatcher, _backend, _collector, _linux, _sigchld, afork, wait
 from aiopidfd._exit import ExitStatus
 from aiopidfd._linux import describe_sigchld
 from aiopidfd._process import PosixChildProcess
@@ -53,7 +53,7 @@ def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put off the check once a second: what is seen now, the handler has told."""
-    monkeypatch.setattr(_registry, "CHECK_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 3600.0)
 
 
 @pytest.fixture

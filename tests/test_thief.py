@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ExitStatus, PidfdWatcher, _linux, _registry, _sigchld, _thief, afork, wait
+from aiopidfd import ExitStatus, PidfdWatcher, _collector, _linux, _sigchld, _thief, afork, wait
 from aiopidfd._linux import can_recover_exit, error
 from aiopidfd._pidfd import PidfdBackend
 from aiopidfd._registries import registry_of
@@ -50,7 +50,7 @@ def thief() -> Iterator[ctypes.CDLL]:
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the SIGCHLD backend look after its handler often, and say each time that SIGCHLD was ignored."""
     monkeypatch.setattr(_sigchld, "_warned_of_ignored", False)
-    monkeypatch.setattr(_registry, "CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 0.05)
 
 
 def lost_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -369,7 +369,7 @@ def test_status_that_the_kernel_is_about_to_publish_is_asked_for_again(early: in
 async def test_stranger_s_status_is_told_when_its_zombie_is_reaped(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "pidfd" or not can_recover_exit():
         pytest.skip("a stranger's status cannot be known here")
-    monkeypatch.setattr(_registry, "STRANGER_GRACE_S", 60.0)
+    monkeypatch.setattr(_collector, "STRANGER_GRACE_S", 60.0)
     with Stranger() as stranger:
         waiting = await watched(stranger.pid)
         pidfd = os.pidfd_open(stranger.pid)

@@ -8,6 +8,7 @@ import functools
 import signal
 import warnings
 from collections.abc import Callable, Iterable
+from contextvars import Context
 from types import TracebackType
 
 from . import _fork, _linux
@@ -253,7 +254,7 @@ class ForkServer:
         """Know a worker until it ends, by other means than its handle, which may be dropped."""
         end = worker._end
         self._workers[end] = (end.future, worker._child)
-        end.future.add_done_callback(lambda _: self._workers.pop(end, None))
+        end.future.add_done_callback(lambda _: self._workers.pop(end, None), context=Context())
 
     async def _stop_workers(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
         registry = registry_of(loop)
@@ -272,7 +273,7 @@ async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
     def lose(end: asyncio.Future[ExitStatus]) -> None:
         link.lose(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
 
-    server._end.future.add_done_callback(lose)
+    server._end.future.add_done_callback(lose, context=Context())
     failure: OSError | str | None = "cancelled"
     try:
         failure = await _hear_greeting(server, link)

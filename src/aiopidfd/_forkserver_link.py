@@ -11,6 +11,7 @@ from collections import deque
 from . import _fork
 from ._forkserver_main import REPLY
 from ._forkserver_request import Request
+from ._loop_link import add_reader
 
 # How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
 # with their replies, fit into the sockets' buffers, so that neither side ever waits for the other to read.
@@ -35,7 +36,7 @@ class Link:
         self.lost: OSError | None = None
         self.greeting: asyncio.Future[str | OSError] = loop.create_future()  # what the server tells at its start
         wire.setblocking(False)
-        loop.add_reader(wire.fileno(), self._read)
+        add_reader(loop, wire.fileno(), self._read)
 
     def take(self) -> Request:
         """Return a request that waits for its order: one whose worker is there already, if it can be."""

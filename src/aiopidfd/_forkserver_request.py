@@ -15,6 +15,7 @@ from ._child import Options
 from ._fork import ChildStartError
 from ._forkserver_main import FAILED, FAILURE, GO, PID, REQUEST, STARTED, pack_order
 from ._gate import READY
+from ._loop_link import add_reader, add_writer
 from ._process import AbstractChildProcess, watch_forked
 
 # How long a cancelled request waits for the server's word on whether there is a worker to be ended.
@@ -86,7 +87,7 @@ class Request:
                 raise
         gate.setblocking(False)
         self._gate = gate
-        self._loop.add_reader(gate.fileno(), self.read)
+        add_reader(self._loop, gate.fileno(), self.read)
         self._write()
 
     def _write(self) -> None:
@@ -106,7 +107,7 @@ class Request:
         except ConnectionError:  # it has ended, or the server has and there is no worker: that is told elsewhere
             self._unwritten.clear()
         if full and not self._is_writer:
-            self._loop.add_writer(self._gate.fileno(), self._write)
+            add_writer(self._loop, self._gate.fileno(), self._write)
         elif self._is_writer and not full:
             self._loop.remove_writer(self._gate.fileno())
         self._is_writer = full

@@ -22,6 +22,8 @@ class Gate:
 
     __slots__ = ("_heard", "child_fd", "fd", "number", "said")
 
+    context = None  # as a child whose next observer is one of ours
+
     def __init__(self, loop: asyncio.AbstractEventLoop, reaper: _reaper.Reaper, number: int) -> None:
         """Make it. OSError: EMFILE, ENFILE, out of descriptors."""
         self.number = number

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from io import FileIO
 from typing import Any, Protocol
+
+from ._loop_link import add_reader, add_writer
 
 # Both are asyncio.Transport, whose methods raise NotImplementedError: so what only the other direction has raises it, as on
 # uvloop's pipes.
@@ -14,6 +17,23 @@ from typing import Any, Protocol
 
 _PIPE_SIZE = 65536  # what a pipe holds by default
 _HIGH_WATER = 65536  # asyncio's default, too
+
+
+class PipeEnd(FileIO):
+    """Our end of a pipe. It does not warn of being left open: its process's transport does, and once is enough."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def take_over(pipe: FileIO) -> FileIO:
+    """Return a PipeEnd for `pipe`, which is closed; `pipe` itself where there is no descriptor left for that."""
+    try:
+        end = PipeEnd(os.dup(pipe.fileno()), pipe.mode)
+    except OSError:
+        return pipe
+    pipe.close()
+    return end
 
 
 class PipeProtocol(Protocol):
@@ -61,6 +81,11 @@ class ReadPipeTransport(asyncio.Transport):
             self._release()
             self._protocol.connection_lost(None)  # at once: it is the loop that has called us, and not the protocol
 
+    def renew(self) -> None:
+        """Go on reading even if the loop is run again inside the call that is going on."""
+        if self.is_reading():
+            add_reader(self._loop, self._fd, self._read)
+
     def is_reading(self) -> bool:
         """Return whether data is passed on now."""
         return not self._paused and not self._closing
@@ -75,15 +100,17 @@ class ReadPipeTransport(asyncio.Transport):
         """Pass on data from now on."""
         if self._paused and not self._closing:
             self._paused = False
-            self._loop.add_reader(self._fd, self._read)
+            add_reader(self._loop, self._fd, self._read)
 
     def is_closing(self) -> bool:
         """Return whether the pipe is closed."""
-        return self._closing
+        return self._closing or self._loop.is_closed()
 
     def close(self) -> None:
         """Close the pipe; what is still in it is lost."""
-        if not self._closing:
+        if self._loop.is_closed():
+            self._pipe.close()
+        elif not self._closing:
             self._release()
             self._loop.call_soon(self._protocol.connection_lost, None)
 
@@ -114,7 +141,7 @@ class WritePipeTransport(asyncio.Transport):
         self._paused = False  # the protocol
         self._high, self._low = _HIGH_WATER, _HIGH_WATER // 4
         os.set_blocking(self._fd, False)
-        loop.add_reader(self._fd, self._closed_by_peer)  # an end for writing is "readable" when nobody can read any more
+        add_reader(loop, self._fd, self._closed_by_peer)  # an end for writing is "readable" when nobody can read any more
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} fd={self._fd} {'closing' if self._closing else 'open'} {len(self._buffer)} buffered>"
@@ -139,7 +166,7 @@ class WritePipeTransport(asyncio.Transport):
                 return
             if not rest:
                 return
-            self._loop.add_writer(self._fd, self._write_more)
+            add_writer(self._loop, self._fd, self._write_more)
         self._buffer += rest
         self._tell_flow()
 
@@ -151,11 +178,16 @@ class WritePipeTransport(asyncio.Transport):
         except OSError as exc:
             self._end(exc)
             return
-        self._tell_flow()
         if not self._buffer:
             self._loop.remove_writer(self._fd)
             if self._closing:
                 self._finish(None)
+        self._tell_flow()  # last: the protocol may run the loop
+
+    def renew(self) -> None:
+        """Go on writing even if the loop is run again inside the call that is going on."""
+        if self._buffer:
+            add_writer(self._loop, self._fd, self._write_more)
 
     def _closed_by_peer(self) -> None:
         self._end(BrokenPipeError() if self._buffer else None)
@@ -183,7 +215,10 @@ class WritePipeTransport(asyncio.Transport):
 
     def close(self) -> None:
         """Close the pipe once all is written."""
-        self.write_eof()
+        if self._loop.is_closed():  # nobody will write it
+            self._pipe.close()
+        else:
+            self.write_eof()
 
     def abort(self) -> None:
         """Close the pipe, and drop what is not written."""
@@ -191,7 +226,7 @@ class WritePipeTransport(asyncio.Transport):
 
     def is_closing(self) -> bool:
         """Return whether the pipe is closed, or will be."""
-        return self._closing
+        return self._closing or self._loop.is_closed()
 
     def get_write_buffer_size(self) -> int:
         """Return how many bytes are not written yet."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from _thread import RLock
 
 from ._linux import let_go
 from ._registry import Registry
 from ._sigchld import forget_after_fork, settle_abandoned
 
-# By the id of their loop. A registry goes as it is closed, which it is before its loop is gone; should a loop not see to
-# that, another one may have its id: hence the look at whose it is. Not weak, since what a child runs first must be short.
-_registries: dict[int, Registry] = {}
+# By the id of their loop, which owns its registry. A registry goes as it is closed, which it is before its loop is gone;
+# should a loop not see to that, another one may have its id: hence the look at whose it is.
+_registries: dict[int, weakref.ReferenceType[Registry]] = {}
 _lock = RLock()  # re-entrant as the registries' own, for Python signal handlers
 # What the threading module calls in a child; a new lock would cost ten pages.
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
@@ -26,9 +27,11 @@ def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
         RuntimeError: the loop is closed.
         OSError: EMFILE, ENFILE, out of descriptors.
     """
-    registry = _registries.get(id(loop))
-    if registry is not None and registry.loop() is loop:
-        return registry
+    known = _registries.get(id(loop))
+    if known is not None:
+        registry = known()
+        if registry is not None and registry.loop() is loop:
+            return registry
     return _make(loop)
 
 
@@ -38,33 +41,37 @@ def _make(loop: asyncio.AbstractEventLoop) -> Registry:
         raise RuntimeError("the event loop is closed")
     settle_abandoned()
     with _lock:
-        registry = _registries.get(id(loop))
+        known = _registries.get(id(loop))
+        registry = None if known is None else known()
         if registry is None or registry.loop() is not loop:
             if not _hooked:
                 os.register_at_fork(after_in_child=_after_fork_in_child)
                 _hooked = True
-            registry = _registries[id(loop)] = Registry(loop, _forget)
+            registry = Registry(loop, _forget)
+            _registries[id(loop)] = weakref.ref(registry)
     return registry
 
 
 def _forget(registry: Registry) -> None:
     with _lock:
         for key, known in tuple(_registries.items()):
-            if known is registry:
+            if known() is registry or known() is None:
                 del _registries[key]
 
 
 def find_registries() -> list[Registry]:
     """Return the registries of all loops that have one."""
     with _lock:
-        return list(_registries.values())
+        return [registry for known in _registries.values() if (registry := known()) is not None]
 
 
 def _after_fork_in_child() -> None:
     # Each page that this writes to, and each function that it calls, is a page or more to be copied: so it is short.
     let_go()
     _reinit_lock()  # another thread of the parent may have held it
-    for registry in _registries.values():
-        registry.closed = True
+    for known in _registries.values():
+        registry = known()
+        if registry is not None:
+            registry.closed = True
     _registries.clear()
     forget_after_fork()

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextvars import copy_context
 
 from . import _backend, _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
-from ._births import Birth, end_births
-from ._ends import Ends, exit_status
-from ._exit import ExitStatus
-from ._gate import Gate, Gates
-from ._pidfd import PidfdBackend
-from ._sigchld import CHECK_INTERVAL_S, SigchldBackend, abandon
+from ._births import end_births
+from ._collector import Collector
+from ._gate import Gate
+from ._sigchld import SigchldBackend, abandon
 from ._watched import Args, Child, Observer, make_child
-
-# How many batches one call of the loop reaps and tells of at most, before others have their turn.
-_BATCHES = 4
 
 _try_add = _reaper.try_add
 _CHECK_CHILD = _reaper.ADD_CHECK_CHILD
 
-# How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
-STRANGER_GRACE_S = 1.0
 
+class Registry(Collector):
+    """The watched processes of one loop, and who observes them.
 
-class Registry:
-    """The watched processes of one loop.
-
-    Methods may be called from any thread; observers are called in the loop's. The lock makes a reap, and the closing of
-    pidfds after it, one step for other threads, so that nobody uses a descriptor that has just become another process's.
-    It is re-entrant since a Python signal handler may run between any two steps of ours and call us.
+    Methods may be called from any thread; observers are called in the loop's.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, forget: Callable[[Registry], object]) -> None:
@@ -41,33 +31,9 @@ class Registry:
 
         OSError EMFILE, ENFILE: out of descriptors.
         """
-        # Weak: the loop owns us, by way of its reader. A strong reference would keep it alive in the map of registries.
-        self.loop = weakref.ref(loop)
         self._forget = forget
-        self.closed = False  # or set in a forked child, where the lock may be held by a thread that does not exist there
-        self._lock = threading.RLock()
-        self._children: dict[int, Child] = {}
-        self.births: set[Birth] = set()
-        self._ends = Ends(self.loop)
-        _linux.open_sigchld()  # now: it is for when there are no descriptors left
-        self._reaper = _reaper.Reaper()
-        self.gates = Gates(self._reaper)
-        self._pidfd = PidfdBackend(self._reaper)
-        self._sigchld: SigchldBackend | None = None
-        self._checking = False
         self._warned_of_limit = False
-        reader = _Reader(self)
-        # Closing a loop drops its readers: that is how we hear of it, on every kind of loop, by public means alone.
-        weakref.finalize(reader, self.close).atexit = False
-        self._in_loop(loop.add_reader, self._reaper.fd, reader)
-
-    def _in_loop(self, function: Callable[..., object], *args: object) -> None:
-        """Call a function of the loop that only its own thread may call while it runs."""
-        loop = self.loop()
-        if loop is not None and loop.is_running() and asyncio._get_running_loop() is not loop:
-            loop.call_soon_threadsafe(function, *args)
-        else:
-            function(*args)
+        super().__init__(loop, self.close)
 
     def __repr__(self) -> str:
         return f"<Registry {'closed' if self.closed else 'open'} children={len(self._children)} of {self.loop()!r}>"
@@ -106,7 +72,7 @@ class Registry:
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
             elif pidfd >= 0:
                 os.close(pidfd)
-            child.add_observer(key, observer, args)
+            child.add_observer(key, observer, args, None if args is None else copy_context())
             if child.peekers or not reap:
                 child.peekers = child.peekers - {key} if reap else child.peekers | {key}
                 self._agree_on_peek(child)
@@ -121,7 +87,7 @@ class Registry:
             if pid not in children and not self.closed and choice != "sigchld" and _backend.decision.name == "pidfd":
                 pidfd = _try_add(self._reaper.fd, pid, _CHECK_CHILD)
                 if pidfd >= 0:
-                    children[pid] = make_child(pid, pidfd, self._pidfd, key, observer, args)
+                    children[pid] = make_child(pid, pidfd, self._pidfd, key, observer, args, copy_context())
                     return
             self.observe(pid, key, observer, args=args, backend=choice)
 
@@ -154,9 +120,7 @@ class Registry:
             if child.end is not None:
                 break
             self._reap()
-        loop = self.loop()
-        if loop is not None:
-            self._in_loop(loop.call_soon, self.collect)
+        self.link.call_soon(self.collect)
         return child.end is not None
 
     def _add(self, pid: int, pidfd: int, choice: Choice, *, check: bool, stranger: bool, peek: bool) -> Child:
@@ -174,9 +138,8 @@ class Registry:
                 raise
             child = self._try(self._get_sigchld(), pid, pidfd, check=check, stranger=stranger, peek=peek)
         self._children[pid] = child
-        if child.backend is self._sigchld and not self._checking:
-            self._checking = True
-            self._in_loop(self._check_later)
+        if child.backend is self._sigchld:
+            self._start_checking()
         return child
 
     def _try(self, backend: Backend, pid: int, pidfd: int, *, check: bool, stranger: bool, peek: bool) -> Child:
@@ -269,94 +232,6 @@ class Registry:
                 return False
             return True
 
-    def collect(self) -> None:
-        """Reap what has ended and tell the observers: some batches of them, for each round of the loop costs, too."""
-        try:
-            for _ in range(_BATCHES):
-                with self._lock:
-                    is_full = self._reap()
-                self._ends.tell()
-                if not is_full:
-                    break
-        except BaseException:
-            # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
-            loop = self.loop()
-            if loop is not None and not loop.is_closed():
-                loop.call_soon(self.collect)
-            raise
-
-    def _reap(self) -> bool:
-        """Return whether the batch was full, so that there may be more."""
-        if self.closed:
-            return False
-        reaper = self._reaper
-        count, records = reaper.reap()
-        self._note(records)
-        reaper.release()
-        if reaper.woken:
-            if self._sigchld is not None:
-                self._note(self._sigchld.reap(scan=False))
-            reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
-        return count == _reaper.BATCH_SIZE
-
-    def _note(self, records: Iterator[_reaper.Record]) -> None:
-        """Take what was reaped off the watched children, and on to those whose observers are to be told."""
-        children, untold = self._children, self._ends.untold
-        reaped, pending = _reaper.SOURCE_REAPED, _reaper.SOURCE_PENDING
-        for record in records:
-            pid, _, status, source, rusage = record
-            child = children.get(pid)
-            if child is None:
-                if source >= _reaper.SOURCE_GATE_READY:
-                    gate = self.gates.find(-pid)
-                    if gate is not None:
-                        gate.hear(source == _reaper.SOURCE_GATE_READY)
-                        untold.append(gate)
-                elif self.births:
-                    self.births -= {birth for birth in self.births if birth.pid == pid}
-                continue  # else unobserved since by a signal handler; or noted already, before an interrupt
-            if source == pending:
-                if child.stranger:
-                    self._give_stranger_time(child)
-            else:
-                child.end = record if source == reaped else exit_status(child, status, source, rusage)
-                untold.append(child)
-                child.pidfd = -1
-                del children[pid]
-
-    def _check_later(self) -> None:
-        loop = self.loop()
-        if loop is not None and not self.closed:
-            loop.call_later(CHECK_INTERVAL_S, self._check)
-
-    def _check(self) -> None:
-        """Once a second while children are watched by SIGCHLD: find what no signal has told."""
-        with self._lock:
-            if self.closed or self._sigchld is None:
-                return
-            self._checking = not self._sigchld.is_idle()
-            if not self._checking:
-                return
-            self._check_later()  # first: an interrupt of this check must not be the end of all of them
-            self._note(self._sigchld.check())
-        self.collect()
-
-    def _give_stranger_time(self, child: Child) -> None:
-        loop = self.loop()
-        if loop is not None:
-            loop.call_later(STRANGER_GRACE_S, self._give_up_stranger, child)
-
-    def _give_up_stranger(self, child: Child) -> None:
-        """Report the end of a process whose parent does not reap it, so that its status is not told."""
-        with self._lock:
-            if child.end is not None or self._children.get(child.pid) is not child:
-                return
-            del self._children[child.pid]
-            child.backend.remove(child.pid, child.pidfd)
-            child.end, child.pidfd = ExitStatus(child.pid, 0, "not-child"), -1
-            self._ends.untold.append(child)
-        self.collect()
-
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
         if self.closed:
@@ -364,29 +239,26 @@ class Registry:
         with self._lock:
             if self.closed:
                 return
+            with contextlib.suppress(OSError):  # the reaper is closed already, by somebody else
+                self._reap()  # a batch that was interrupted: what it has reaped has ended, and its pidfds are still open
             self.closed = True
-            left = [child.pid for child in self._children.values() if not (child.peek or child.stranger)]
+            children = list(self._children.values())
+            left = [child.pid for child in children if not (child.peek or child.stranger)]
             left += end_births(self.births)
             self._reaper.close()
             if self._sigchld is not None:
                 self._sigchld.close()
-            for child in self._children.values():
+            for child in children:
+                child.forget_observers()
                 if child.pidfd >= 0:
                     _linux.close_owned(child.pidfd)
                     child.pidfd = -1
             self._children.clear()
+            self.contexts.clear()
+            for ended in self._ends.untold:
+                if isinstance(ended, Child):
+                    ended.forget_observers()
+            self._ends.untold.clear()
         self._forget(self)
         if left:
             abandon(left)
-
-
-class _Reader:
-    """What the loop calls when a backend is readable; its end is the end of the loop."""
-
-    __slots__ = ("__weakref__", "_registry")
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-
-    def __call__(self) -> None:
-        self._registry.collect()

@@ -7,6 +7,8 @@ import subprocess
 from io import FileIO
 from typing import Any
 
+from ._pipes import PipeEnd
+
 
 class NeedsPopen(Exception):
     """The call has something that only Popen can do, or has to refuse in its words."""
@@ -42,7 +44,7 @@ class Streams:
             read, write = os.pipe()
             child, ours = (read, write) if number == 0 else (write, read)
             self._childs.append(child)
-            self.ours[number] = FileIO(ours, "wb" if number == 0 else "rb")
+            self.ours[number] = PipeEnd(ours, "wb" if number == 0 else "rb")
             return child
         if wanted == subprocess.DEVNULL:
             if self._devnull < 0:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import warnings
+from asyncio.subprocess import SubprocessStreamProtocol
 from collections.abc import Callable
+from contextvars import copy_context
+from io import FileIO
 from typing import Any
 
 from ._backend import logger
 from ._births import Birth, expect_birth, observe_birth, undo_birth
 from ._exit import ExitStatus
-from ._pipes import ReadPipeTransport, WritePipeTransport
+from ._loop_link import can_nest
+from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
 from ._registries import registry_of
 from ._registry import Registry
 from ._spawn import start
@@ -138,6 +142,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._loop = loop
         self._registry = registry
         self._protocol: asyncio.SubprocessProtocol | None = protocol
+        registry.contexts[id(self)] = copy_context()
         self._process = process
         self._returncode: int | None = None
         self._exit_told = False
@@ -159,6 +164,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return f"<{type(self).__name__}{' closed' if self._closed else ''} pid={self._process.pid} {state}{pipes}>"
 
     def __del__(self) -> None:
+        self._registry.contexts.pop(id(self), None)
         # The registry holds a transport whose process runs, so this one has ended, or its loop is closed: nothing to kill.
         if not self._closed:
             warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=2)
@@ -166,25 +172,35 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _connect(self) -> None:
         """Connect the pipes, and the protocol after them."""
         process = self._process
-        if process.stdin is not None:
-            pipe = self._pipes[0] = _PipeProtocol(self, 0)
-            pipe.transport = WritePipeTransport(self._loop, process.stdin, pipe)
-        for fd, file in ((1, process.stdout), (2, process.stderr)):
-            if file is not None:
-                pipe = self._pipes[fd] = _PipeProtocol(self, fd)
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            file = getattr(process, name)
+            if file is None:
+                continue
+            if type(file) is FileIO:  # Popen has made it
+                file = take_over(file)
+                setattr(process, name, file)
+            pipe = self._pipes[fd] = _PipeProtocol(self, fd)
+            if fd == 0:
+                pipe.transport = WritePipeTransport(self._loop, file, pipe)
+            else:
                 pipe.transport = ReadPipeTransport(self._loop, file, pipe)
                 pipe.transport.resume_reading()  # from the next round on: the protocol may pause it now
         assert self._protocol is not None
         self._call(self._protocol.connection_made, self)
 
     def _call(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call a method that calls the protocol.
+        """Call a method that calls the protocol, in the context of whoever has started the process.
 
         Not by way of call_soon, so that a reader is paused before more is read. What the protocol raises must reach
-        neither the pipe's transport nor the registry.
+        neither the pipe's transport nor the registry. Each call has a copy of the context, as on asyncio's loops: a context
+        cannot be entered twice, and the protocol may call us, or run the loop.
         """
+        context = self._registry.contexts.get(id(self))
         try:
-            callback(*args)
+            if context is None:  # all is over
+                callback(*args)
+            else:
+                context.copy().run(callback, *args)
         except (Exception, asyncio.CancelledError) as exc:
             message = f"Exception in the protocol of process {self._process.pid}"
             self._loop.call_exception_handler({"message": message, "exception": exc, "transport": self})
@@ -199,6 +215,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if not waiter.done():
                 waiter.set_result(None)
         if self._protocol is not None:
+            if self._may_nest():
+                self._registry.link.renew()
             self._call(self._tell_exit)
 
     def _tell_exit(self) -> None:
@@ -227,6 +245,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             protocol, self._protocol = self._protocol, None
             self._closed = True
             self._call(protocol.connection_lost, None)
+            self._registry.contexts.pop(id(self), None)
+
+    def _may_nest(self) -> bool:
+        """Return whether the protocol, being called, may run the loop: not asyncio's own."""
+        return type(self._protocol) is not SubprocessStreamProtocol and can_nest(self._loop)
 
     async def _wait(self) -> int:
         """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
@@ -316,10 +339,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             except PermissionError:  # it runs as another user now
                 logger.warning("cannot kill process %d: it runs as another user", self._process.pid)
                 killed = False
-        if not self._loop.is_closed():
-            for pipe in self._pipes.values():
-                if pipe.transport is not None:
-                    pipe.transport.close()
+        for pipe in self._pipes.values():
+            if pipe.transport is not None:
+                pipe.transport.close()
         return killed
 
 
@@ -333,6 +355,8 @@ class _PipeProtocol:
         self._fd = fd
 
     def data_received(self, data: bytes) -> None:
+        if self._owner._may_nest():
+            self.transport.renew()
         self._owner._call(self._owner._tell_data, self._fd, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -340,8 +364,10 @@ class _PipeProtocol:
 
     def pause_writing(self) -> None:
         if self._owner._protocol is not None:
-            self._owner._protocol.pause_writing()
+            self._owner._call(self._owner._protocol.pause_writing)
 
     def resume_writing(self) -> None:
         if self._owner._protocol is not None:
-            self._owner._protocol.resume_writing()
+            if self._owner._may_nest():
+                self.transport.renew()
+            self._owner._call(self._owner._protocol.resume_writing)

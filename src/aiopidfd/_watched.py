@@ -1,20 +1,23 @@
-"""One watched process, and who is to be told of its end."""
+"""One watched process, who is to be told of its end, and in which context."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from contextvars import Context
 from os import waitstatus_to_exitcode
 from typing import Any, Optional
 
 from ._backend import Backend
-from ._exit import ExitStatus
-from ._reaper import Record
+from ._exit import ExitStatus, Source
+from ._reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
+from ._thief import warn_lost
 
 Observer = Callable[..., object]
 """Called with an ExitStatus or, where there are args to it, with pid, returncode, *args."""
 
 Args = Optional[tuple[Any, ...]]
+"""None: the observer is one of ours, which takes an ExitStatus and leaves its users' contexts to asyncio's futures."""
 
 _NOBODY: AbstractSet[object] = frozenset()
 
@@ -29,7 +32,20 @@ class Child:
     is a place for one, and a dict only for others. What there is for each child counts when there are thousands.
     """
 
-    __slots__ = ("_args", "_key", "_observer", "_others", "backend", "end", "peek", "peekers", "pid", "pidfd", "stranger")
+    __slots__ = (
+        "_args",
+        "_key",
+        "_observer",
+        "_others",
+        "backend",
+        "context",
+        "end",
+        "peek",
+        "peekers",
+        "pid",
+        "pidfd",
+        "stranger",
+    )
 
     pid: int
     pidfd: int
@@ -38,24 +54,25 @@ class Child:
     peek: bool
     stranger: bool
     peekers: AbstractSet[object]  # the observers that asked for reap=False
+    context: Context | None  # what the next observer to be told is called in; None if it is one of ours
     _key: object
     _observer: Observer | None
     _args: Args
-    _others: dict[object, tuple[Observer, Args]] | None
+    _others: dict[object, tuple[Observer, Args, Context | None]] | None
 
-    def add_observer(self, key: object, observer: Observer, args: Args) -> None:
+    def add_observer(self, key: object, observer: Observer, args: Args, context: Context | None) -> None:
         """Have this observer told, instead of the one that has this key if there is one."""
         if self._key is key or (self._observer is None and not self._others):
-            self._key, self._observer, self._args = key, observer, args
+            self._key, self._observer, self._args, self.context = key, observer, args, context
         else:
             if self._others is None:
                 self._others = {}
-            self._others[key] = observer, args
+            self._others[key] = observer, args, context
 
     def remove_observer(self, key: object) -> bool:
         """Return whether there was an observer with this key."""
         if self._key is key and self._observer is not None:
-            self._key = self._observer = self._args = None
+            self._key = self._observer = self._args = self.context = None
             return True
         return self._others is not None and self._others.pop(key, None) is not None
 
@@ -63,33 +80,54 @@ class Child:
         """Return how many are to be told."""
         return (self._observer is not None) + (len(self._others) if self._others else 0)
 
+    def forget_observers(self) -> None:
+        """Keep nobody's context and callback: nobody will be told."""
+        self._key = self._observer = self._args = self.context = self._others = None
+
     def tell(self) -> bool:
         """Tell one observer of the end, who then is none any more; return whether there are others to be told."""
-        end, observer, args = self.end, self._observer, self._args
+        end, observer, args, context = self.end, self._observer, self._args, self.context
         if end is None:
             return False
-        if observer is not None:
-            self._observer = None
-        elif self._others:
-            _, (observer, args) = self._others.popitem()
-        else:
-            return False
+        if observer is None:
+            return self._promote()
+        self._observer = self._args = self.context = None  # first: it may run the loop, and so us
         if args is None:
             if not isinstance(end, ExitStatus):
-                pid, _, status, _, rusage = end
-                end = self.end = ExitStatus(pid, status, "reaped", rusage)
+                end = self.end = exit_status(self, end)
             observer(end)
         else:
-            returncode = end.returncode if isinstance(end, ExitStatus) else waitstatus_to_exitcode(end[2])
+            assert context is not None
+            if isinstance(end, ExitStatus):
+                returncode = end.returncode
+            elif end[3] == SOURCE_REAPED:
+                returncode = waitstatus_to_exitcode(end[2])
+            else:
+                end = self.end = exit_status(self, end)
+                returncode = end.returncode
             if args:
-                observer(self.pid, returncode, *args)
+                context.run(observer, self.pid, returncode, *args)
             else:  # as nearly always: to unpack nothing takes as long as all the rest
-                observer(self.pid, returncode)
+                context.run(observer, self.pid, returncode)
         return bool(self._others)
+
+    def _promote(self) -> bool:
+        """Make the next of the others the one to be told; return whether there is one."""
+        if not self._others:
+            return False
+        self._key = next(iter(self._others))
+        self._observer, self._args, self.context = self._others.pop(self._key)
+        return True
 
 
 def make_child(  # noqa: PLR0917 - by position, which is faster
-    pid: int, pidfd: int, backend: Backend, key: object, observer: Observer | None, args: Args = None
+    pid: int,
+    pidfd: int,
+    backend: Backend,
+    key: object,
+    observer: Observer | None,
+    args: Args = None,
+    context: Context | None = None,
 ) -> Child:
     """Make one. Not by an __init__: to call one of Python's takes longer than all that it does."""
     child = Child()
@@ -103,5 +141,29 @@ def make_child(  # noqa: PLR0917 - by position, which is faster
     child._key = key
     child._observer = observer
     child._args = args
+    child.context = context
     child._others = None
     return child
+
+
+_SOURCES: dict[int, Source] = {
+    SOURCE_REAPED: "reaped",
+    SOURCE_PEEKED: "peeked",
+    SOURCE_RECOVERED: "recovered",
+    SOURCE_LOST: "lost",
+}
+
+
+def exit_status(child: Child, record: Record) -> ExitStatus:
+    """Make an ExitStatus of what the reaper says, and warn if the status is lost.
+
+    In the loop's thread, where the lock is not held: a logging handler is a user's code, too.
+    """
+    _, _, status, source, rusage = record
+    if source <= SOURCE_PEEKED:
+        return ExitStatus(child.pid, status, _SOURCES[source], rusage)
+    if source == SOURCE_LOST:
+        if child.stranger:
+            return ExitStatus(child.pid, 0, "not-child")
+        warn_lost(child.pid)
+    return ExitStatus(child.pid, status, _SOURCES[source])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+import weakref
 from asyncio import _get_running_loop
 from collections.abc import Callable
 from types import TracebackType
@@ -54,9 +55,15 @@ with warnings.catch_warnings():
             """
             self._backend = check_choice(backend)
             require(self._backend)
-            self._loop: asyncio.AbstractEventLoop | None = None
+            self._attached: weakref.ReferenceType[asyncio.AbstractEventLoop] | None = None
             self._closed = False
-            self._registry: Registry | None = None  # the last one used: its loop is most likely the next one's, too
+            # The last one used: its loop is most likely the next one's, too.
+            self._registry: weakref.ReferenceType[Registry] | None = None
+
+        @property
+        def _loop(self) -> asyncio.AbstractEventLoop | None:
+            # Weak: a loop that is dropped is garbage, also while its watcher is the policy's.
+            return None if self._attached is None else self._attached()
 
         def __repr__(self) -> str:
             state = "closed" if self._closed else "active" if self.is_active() else "inactive"
@@ -92,7 +99,7 @@ with warnings.catch_warnings():
                 )
             if self._loop is not None:
                 unplug(self._loop, self)
-            self._loop = loop
+            self._attached = None if loop is None else weakref.ref(loop)
             if loop is not None:
                 self._closed = False
                 plug(loop, self)
@@ -114,8 +121,9 @@ with warnings.catch_warnings():
             loop = _get_running_loop() or self._loop
             if loop is None:
                 raise RuntimeError("no running event loop: call this from a coroutine or a callback, or attach_loop() first")
-            self._registry = registry_of(loop)
-            return self._registry
+            registry = registry_of(loop)
+            self._registry = weakref.ref(registry)
+            return registry
 
         def add_child_handler(self, pid: int, callback: Callable[..., object], *args: Any) -> None:
             """Have `callback(pid, returncode, *args)` called in the loop's thread, once, when the child ends.
@@ -134,7 +142,8 @@ with warnings.catch_warnings():
                 check_pid(pid)
             if not callable(callback):
                 raise TypeError(f"callback must be callable, not {type(callback).__name__}")
-            registry = self._registry
+            known = self._registry
+            registry = None if known is None else known()
             if registry is None or registry.closed or registry.loop() is not (_get_running_loop() or self._loop):
                 registry = self._get_registry()
             registry.observe_child(pid, self, callback, args, self._backend)

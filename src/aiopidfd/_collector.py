@@ -1,0 +1,138 @@
+"""What has ended among the watched processes of one loop: reaped, noted, and told to whoever observes it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import Context
+
+from . import _linux, _reaper
+from ._births import Birth
+from ._ends import Ends
+from ._exit import ExitStatus
+from ._gate import Gates
+from ._loop_link import LoopLink
+from ._pidfd import PidfdBackend
+from ._sigchld import CHECK_INTERVAL_S, SigchldBackend
+from ._watched import Child
+
+# How many batches one call of the loop reaps and tells of at most, before others have their turn.
+_BATCHES = 4
+
+# How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
+STRANGER_GRACE_S = 1.0
+
+
+class Collector:
+    """The watched processes of one loop, and what becomes of them.
+
+    The lock makes a reap, and the closing of pidfds after it, one step for other threads, so that nobody uses a descriptor
+    that has just become another process's. It is re-entrant since a Python signal handler may run between any two steps of
+    ours and call us. But for such a handler, no user's code is called while it is held.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], object]) -> None:
+        """Open the backend and register it with `loop`. `on_end` is called when the loop is closed, or gone.
+
+        OSError EMFILE, ENFILE: out of descriptors.
+        """
+        # Weak: the loop owns us, by way of its reader. So it, and we with it, can be garbage.
+        self.loop = weakref.ref(loop)
+        self.closed = False  # or set in a forked child, where the lock may be held by a thread that does not exist there
+        self.contexts: dict[int, Context] = {}  # those of transports, by their id: here, so that they go with the loop
+        self._lock = threading.RLock()
+        self._children: dict[int, Child] = {}
+        self.births: set[Birth] = set()
+        _linux.open_sigchld()  # now: it is for when there are no descriptors left
+        self._reaper = _reaper.Reaper()
+        self.gates = Gates(self._reaper)
+        self._pidfd = PidfdBackend(self._reaper)
+        self._sigchld: SigchldBackend | None = None
+        self._checking = False
+        self.link = LoopLink(self.loop, self._reaper.fd, self.collect, on_end)
+        self._ends = Ends(self.loop, self.link)
+
+    def collect(self) -> None:
+        """Reap what has ended and tell the observers: some batches of them, for each round of the loop costs, too."""
+        try:
+            for _ in range(_BATCHES):
+                with self._lock:
+                    is_full = self._reap()
+                self._ends.tell()
+                if not is_full:
+                    break
+        except BaseException:
+            # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
+            self.link.call_soon(self.collect)
+            raise
+
+    def _reap(self) -> bool:
+        """Return whether the batch was full, so that there may be more."""
+        if self.closed:
+            return False
+        reaper = self._reaper
+        count, records = reaper.reap()
+        self._note(records)
+        reaper.release()
+        if reaper.woken:
+            if self._sigchld is not None:
+                self._note(self._sigchld.reap(scan=False))
+            reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
+        return count == _reaper.BATCH_SIZE
+
+    def _note(self, records: Iterator[_reaper.Record]) -> None:
+        """Take what was reaped off the watched children, and on to those whose observers are to be told."""
+        children, untold = self._children, self._ends.untold
+        pending = _reaper.SOURCE_PENDING
+        for record in records:
+            pid, _, _, source, _ = record
+            child = children.get(pid)
+            if child is None:
+                if source >= _reaper.SOURCE_GATE_READY:
+                    gate = self.gates.find(-pid)
+                    if gate is not None:
+                        gate.hear(source == _reaper.SOURCE_GATE_READY)
+                        untold.append(gate)
+                elif self.births:
+                    self.births -= {birth for birth in self.births if birth.pid == pid}
+                continue  # else unobserved since by a signal handler; or noted already, before an interrupt
+            if source == pending:
+                if child.stranger:
+                    self.link.call_later(STRANGER_GRACE_S, self._give_up_stranger, child)
+            else:
+                child.end = record
+                untold.append(child)
+                child.pidfd = -1
+                del children[pid]
+
+    def _start_checking(self) -> None:
+        """Check once a second from now on, as long as a child is watched by SIGCHLD."""
+        if not self._checking:
+            self._checking = True
+            self.link.call_later(CHECK_INTERVAL_S, self._check)
+
+    def _check(self) -> None:
+        """Once a second while children are watched by SIGCHLD: find what no signal has told."""
+        with self._lock:
+            if self.closed or self._sigchld is None:
+                return
+            self._checking = not self._sigchld.is_idle()
+            if not self._checking:
+                return
+            # First: an interrupt of this check must not be the end of all of them.
+            self.link.call_later(CHECK_INTERVAL_S, self._check)
+            self._note(self._sigchld.check())
+        self.collect()
+
+    def _give_up_stranger(self, child: Child) -> None:
+        """Report the end of a process whose parent does not reap it, so that its status is not told."""
+        with self._lock:
+            if child.end is not None or self._children.get(child.pid) is not child:
+                return
+            del self._children[child.pid]
+            child.backend.remove(child.pid, child.pidfd)
+            child.end, child.pidfd = ExitStatus(child.pid, 0, "not-child"), -1
+            self._ends.untold.append(child)
+        self.collect()
