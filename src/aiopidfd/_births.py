@@ -68,7 +68,7 @@ def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child
         registry.births.discard(birth)
         child = registry._children.get(pid)
         if child is not None and child.remove_observer(birth):
-            child.add_observer(birth, observer, None)
+            child.add_observer(birth, observer, None, None)
         elif birth.is_held:
             child = registry.observe_spawned(pid, pidfd, birth, observer)
         else:
