@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -155,7 +156,8 @@ def test_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_pictures_are_drawn_from_a_file(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    if importlib.util.find_spec("matplotlib") is None:  # not imported: numpy starts threads, beside which others fork
+        pytest.skip("matplotlib is not installed")
     cells = [
         {**_cell(peer, x, 0, samples={metric: [1.0 + x] for metric in benchmark.metrics}), "benchmark": benchmark.name}
         for benchmark in BENCHMARKS.values()

@@ -30,6 +30,8 @@ def test_each_mutation_still_applies() -> None:
 @pytest.fixture
 def small_tree(tmp_path: Path) -> Path:
     """A repository with one function and one test of it that sees little."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     (tmp_path / "src").mkdir()
     (tmp_path / "tests" / "mutations").mkdir(parents=True)
     shutil.copy2(TESTS / "mutants", tmp_path / "tests")
