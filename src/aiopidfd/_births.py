@@ -90,13 +90,17 @@ def undo_birth(registry: Registry, birth: Birth) -> None:
     except OSError:
         _kill_and_reap(birth)
         return
+    kill(registry, child)
+
+
+def kill(registry: Registry, child: Child) -> None:
+    """Kill a watched child and return once it is dead, which takes no time; it is reaped with what else has ended."""
     with registry._lock:  # so that nobody closes the pidfd meanwhile
         try:
             if registry.send_signal(child, signal.SIGKILL):
-                # Until it is dead, which takes no time; it is reaped with what else has ended.
                 _linux.wait_id(*_by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
         except PermissionError:  # it runs as another user now, and stays watched
-            logger.warning("cannot kill process %d: it runs as another user", birth.pid)
+            logger.warning("cannot kill process %d: it runs as another user", child.pid)
         except ChildProcessError:  # somebody else has reaped it
             pass
 

@@ -48,6 +48,8 @@ class PipeProtocol(Protocol):
 class ReadPipeTransport(asyncio.Transport):
     """Pass on what can be read from a pipe, once `resume_reading` was called."""
 
+    _pipe: Any = None  # until it is ours: a constructor that is interrupted has nothing to close
+
     def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
         """Own `pipe`, a file object."""
         super().__init__({"pipe": pipe})
@@ -64,7 +66,8 @@ class ReadPipeTransport(asyncio.Transport):
         return f"<{type(self).__name__} fd={self._fd} {state}>"
 
     def __del__(self) -> None:
-        self._pipe.close()  # the loop was closed before us
+        if self._pipe is not None:
+            self._pipe.close()  # the loop was closed before us
 
     def _read(self) -> None:
         try:
@@ -129,6 +132,8 @@ class WritePipeTransport(asyncio.Transport):
     As asyncio's: to write once it is closed does nothing; the other end's closing closes it.
     """
 
+    _pipe: Any = None  # until it is ours: a constructor that is interrupted has nothing to close
+
     def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
         """Own `pipe`, a file object."""
         super().__init__({"pipe": pipe})
@@ -141,13 +146,19 @@ class WritePipeTransport(asyncio.Transport):
         self._paused = False  # the protocol
         self._high, self._low = _HIGH_WATER, _HIGH_WATER // 4
         os.set_blocking(self._fd, False)
-        add_reader(loop, self._fd, self._closed_by_peer)  # an end for writing is "readable" when nobody can read any more
+
+    def watch_peer(self) -> None:
+        """Be closed when nobody can read any more."""
+        # An end for writing is "readable" then. Not in __init__, whose object nobody has yet who would remove the reader if
+        # he is interrupted: libuv ends the process over a reader that is closed.
+        add_reader(self._loop, self._fd, self._closed_by_peer)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} fd={self._fd} {'closing' if self._closing else 'open'} {len(self._buffer)} buffered>"
 
     def __del__(self) -> None:
-        self._pipe.close()  # the loop was closed before us
+        if self._pipe is not None:
+            self._pipe.close()  # the loop was closed before us
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Write data, or buffer what does not fit."""

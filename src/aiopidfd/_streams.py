@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from io import FileIO
 from typing import Any
 
@@ -24,9 +25,13 @@ def descriptor(value: Any) -> int:
 class Streams:
     """The child's ends and ours."""
 
+    _closing: Iterator[None] = iter(())  # until __init__ makes one
+
     def __init__(self, stdin: Any, stdout: Any, stderr: Any) -> None:
         self.ours: list[FileIO | None] = [None, None, None]
         self._childs: list[int] = []  # to be closed here once the child has them
+        # Each once, with no place for an interrupt between taking and closing it: close() returns None, and `any` goes on.
+        self._closing = map(os.close, self._childs)
         self._devnull = -1  # one for all of them
         made = [-1, -1, -1]
         try:
@@ -57,9 +62,10 @@ class Streams:
 
     def close_childs(self) -> None:
         """Close the child's ends of the pipes, and what else was opened for it."""
-        for fd in self._childs:
-            os.close(fd)
-        self._childs.clear()
+        any(self._closing)
+
+    # If it was interrupted.
+    __del__ = close_childs
 
     def close_ours(self) -> None:
         """Close our ends of the pipes."""

@@ -12,7 +12,7 @@ from io import FileIO
 from typing import Any
 
 from ._backend import logger
-from ._births import Birth, expect_birth, observe_birth, undo_birth
+from ._births import Birth, expect_birth, kill, observe_birth, undo_birth
 from ._exit import ExitStatus
 from ._loop_link import can_nest
 from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
@@ -97,22 +97,24 @@ async def _start(
         transport._connect()
         if loop.get_debug():
             logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
-    except BaseException:
-        if transport is not None:
-            transport._protocol = None  # it knows nothing of the process, and need not hear of its end
-        undo_birth(registry, birth)  # before its pipes are closed, which it might take for a reason to end by itself
-        if transport is not None:
-            transport._abandon()
-        elif process is not None:
-            _close_pipes(process)
-        raise
-    try:
         await asyncio.sleep(0)  # others have waited while we started it; and asyncio's callers can cancel it here
+        return transport, protocol
+    except GeneratorExit:
+        raise
     except asyncio.CancelledError:
-        if transport._end():
+        if transport is not None and transport._end():
             await transport._wait_to_the_end()
         raise
-    return transport, protocol
+    except BaseException:
+        # Killed before its pipes are closed, which it might take for a reason to end by itself.
+        if transport is None:
+            undo_birth(registry, birth)
+        else:
+            transport._protocol = None  # it knows nothing of the process, and need not hear of its end
+            transport._abandon()
+        if process is not None:
+            _close_pipes(process)
+        raise
 
 
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:
@@ -182,6 +184,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             pipe = self._pipes[fd] = _PipeProtocol(self, fd)
             if fd == 0:
                 pipe.transport = WritePipeTransport(self._loop, file, pipe)
+                pipe.transport.watch_peer()
             else:
                 pipe.transport = ReadPipeTransport(self._loop, file, pipe)
                 pipe.transport.resume_reading()  # from the next round on: the protocol may pause it now
@@ -322,12 +325,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._end()
 
     def _abandon(self) -> None:
-        """Close the pipes of a process that could not be connected."""
+        """Kill the process and close its pipes: its caller gets an error instead."""
         self._closed = True
+        if self._child is not None and self._returncode is None:
+            kill(self._registry, self._child)
         for pipe in self._pipes.values():
             if pipe.transport is not None:
                 pipe.transport.abort()
-        _close_pipes(self._process)
 
     def _end(self) -> bool:
         """Do what `close` does; return False if the process may not be killed, so that its end may be far."""
