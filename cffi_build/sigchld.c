@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #endif
 #include "pidfd.h"
-#include "reaper.h"
 #include "sigchld.h"
 
 #include <dlfcn.h>
@@ -23,17 +22,21 @@
  * make it grow. */
 struct link {
     struct sigaction action;
+    struct sigaction quiet; /* the same, but that the kernel leaves zombies */
     const struct link *next; /* who was there before: for an action that calls us in turn */
     struct link *made_before;
 };
 
-enum { MAX_ABANDONED = 1024, HINTS = 256 };
+enum { MAX_ABANDONED = 1024, NAMES = 256, PID_BITS = 22, MAX_NOBODIES = 1000 };
 
 static _Atomic(int) wake_fd = -1;
 static _Atomic(const struct link *) first;
 static _Atomic(int) abandoned[MAX_ABANDONED];
-static _Atomic(int) hints[HINTS]; /* the children that signals have named, the last at (hint_count - 1) % HINTS */
-static _Atomic(unsigned int) hint_count;
+static _Atomic(int) abandoned_count;     /* at least as many as there are; 0 spares each signal a walk over all */
+static _Atomic(unsigned int) names[NAMES]; /* what the signals have named, each below the number of its round */
+static _Atomic(unsigned int) name_count;
+static _Atomic(int) nobody_count; /* how many of them were nobody's since the last check */
+static _Atomic(int) is_paused;    /* the `quiet` of `first` is in our place */
 static struct link *all_links;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* never taken by the handler */
 
@@ -49,22 +52,57 @@ static void reap_abandoned_pids(void)
 {
     int i;
 
+    if (atomic_load(&abandoned_count) == 0)
+        return;
     for (i = 0; i < MAX_ABANDONED; i++) {
         int pid = atomic_load(&abandoned[i]);
         ap_exit unused;
         /* Reaped, or (-ECHILD) no longer there to be reaped. */
-        if (pid != 0 && ap_waitid(P_PID, pid, WEXITED | WNOHANG, &unused) != 0)
-            (void)atomic_compare_exchange_strong(&abandoned[i], &pid, 0);
+        if (pid != 0 && ap_waitid(P_PID, pid, WEXITED | WNOHANG, &unused) != 0 &&
+            atomic_compare_exchange_strong(&abandoned[i], &pid, 0))
+            (void)atomic_fetch_sub(&abandoned_count, 1);
     }
 }
 
-void ap_sigchld_wake(void)
+/* What a place holds in its n-th use: so a reader sees whether a name was not written yet. Pids end below 2^22. */
+static unsigned int encode_name(unsigned int number, int name)
 {
+    return (number / NAMES + 1) << PID_BITS | (unsigned int)name;
+}
+
+void ap_sigchld_add_name(int name)
+{
+    unsigned int number = atomic_fetch_add(&name_count, 1);
     int fd = atomic_load(&wake_fd);
     uint64_t one = 1;
 
+    atomic_store(&names[number % NAMES], encode_name(number, name));
     if (fd >= 0)
-        (void)!write(fd, &one, sizeof one);
+        (void)!write(fd, &one, sizeof one); /* last: whoever is woken finds the name */
+}
+
+unsigned int ap_sigchld_count_names(void)
+{
+    return atomic_load(&name_count);
+}
+
+int ap_sigchld_next_name(unsigned int *seen, int *ret_name)
+{
+    unsigned int number = *seen, end = atomic_load(&name_count), name;
+
+    if (number == end)
+        return 0;
+    if (end - number > NAMES) { /* overwritten */
+        *seen = end - NAMES;
+        *ret_name = AP_NAME_UNKNOWN;
+        return 1;
+    }
+    name = atomic_load(&names[number % NAMES]);
+    *seen = number + 1;
+    *ret_name = (int)(name & ((1U << PID_BITS) - 1));
+    if (name != encode_name(number, *ret_name)) /* overwritten in this moment, or not written yet */
+        *ret_name = AP_NAME_UNKNOWN;
+    return 1;
 }
 
 /* Whether there is a function to call; SA_SIGINFO, which some set with SIG_DFL, says nothing about that. */
@@ -80,21 +118,49 @@ static int is_ours(const struct sigaction *action)
     return action->sa_flags & SA_SIGINFO && action->sa_sigaction == on_sigchld;
 }
 
-/* Only the kernel can be trusted to call us with a siginfo_t; whoever chains to us may think that we take one argument. */
-static int is_called_by_kernel(void)
+/* Whom the signal names as ended. */
+static int read_name(const siginfo_t *info)
 {
     struct sigaction now;
-    return calling == NULL && sigaction(SIGCHLD, NULL, &now) == 0 && is_ours(&now);
+
+    /* Only the kernel can be trusted to call us with a siginfo_t; whoever chains to us may think that we take one argument. */
+    if (calling != NULL || sigaction(SIGCHLD, NULL, &now) < 0 || !is_ours(&now))
+        return AP_NAME_UNKNOWN;
+    switch (info->si_code) {
+    case CLD_EXITED:
+    case CLD_KILLED:
+    case CLD_DUMPED:
+        return info->si_pid;
+    case CLD_STOPPED:
+    case CLD_CONTINUED:
+    case CLD_TRAPPED:
+        return AP_NAME_NOBODY;
+    default: /* from kill() and its like; or, without a pid, from a kernel that has run out of memory */
+        return info->si_pid != 0 ? AP_NAME_NOBODY : AP_NAME_UNKNOWN;
+    }
+}
+
+/* Has us called no longer until the next check: so many signals that are not for us can leave a thread no time for anything
+ * else, this check included. Called by the handler, without the lock: whoever holds it may wait for us. */
+static void pause_handler(void)
+{
+    const struct link *link = atomic_load(&first);
+    struct sigaction now;
+
+    if (link == NULL || sigaction(SIGCHLD, NULL, &now) < 0 || !is_ours(&now))
+        return;
+    atomic_store(&is_paused, 1);
+    (void)sigaction(SIGCHLD, &link->quiet, NULL);
 }
 
 static void on_sigchld(int number, siginfo_t *info, void *context)
 {
-    int saved_errno = errno;
+    int saved_errno = errno, name = read_name(info);
     const struct link *outer = calling, *link = outer != NULL ? outer->next : atomic_load(&first);
 
-    if (is_called_by_kernel())
-        atomic_store(&hints[atomic_fetch_add(&hint_count, 1) % HINTS], info->si_pid);
-    ap_sigchld_wake();
+    ap_sigchld_add_name(name);
+    if (name == AP_NAME_NOBODY && atomic_fetch_add(&nobody_count, 1) >= MAX_NOBODIES)
+        pause_handler();
     reap_abandoned_pids();
     if (link != NULL && has_handler(&link->action)) {
         calling = link;
@@ -109,7 +175,8 @@ static void on_sigchld(int number, siginfo_t *info, void *context)
 
 static int is_same(const struct sigaction *a, const struct sigaction *b)
 {
-    return a->sa_sigaction == b->sa_sigaction && a->sa_flags == b->sa_flags &&
+    /* glibc adds SA_RESTORER, and tells of it */
+    return a->sa_sigaction == b->sa_sigaction && ((a->sa_flags ^ b->sa_flags) & ~0x04000000) == 0 &&
            memcmp(&a->sa_mask, &b->sa_mask, sizeof(uint64_t)) == 0; /* the kernel's signals; libc's set has room for more */
 }
 
@@ -123,7 +190,10 @@ static const struct link *find_link(const struct sigaction *action, const struct
             return made;
     made = malloc(sizeof *made);
     if (made != NULL) {
-        *made = (struct link){.action = *action, .next = next, .made_before = all_links};
+        *made = (struct link){.action = *action, .quiet = *action, .next = next, .made_before = all_links};
+        if (action->sa_handler == SIG_IGN)
+            made->quiet.sa_handler = SIG_DFL;
+        made->quiet.sa_flags &= ~SA_NOCLDWAIT;
         all_links = made;
     }
     return made;
@@ -157,31 +227,56 @@ int ap_sigchld_open(void)
     return fd;
 }
 
-int ap_sigchld_install(void)
+/* Installs our handler in front of `link`. */
+static void go_in_front(const struct link *link)
 {
-    struct sigaction ours = {.sa_sigaction = on_sigchld}, now;
-    const struct link *link;
-    int flags = SA_RESTART | SA_NOCLDSTOP, result = 0;
+    struct sigaction ours = {.sa_sigaction = on_sigchld};
+    int flags = SA_RESTART | SA_NOCLDSTOP;
 
     (void)sigemptyset(&ours.sa_mask);
+    if (has_handler(&link->action)) {
+        /* It must find what it asked for. libuv's deadlocks if a signal interrupts it; Python's needs its system calls
+         * interrupted, or runs only when they have ended; a shell's wants to hear of children that stop. */
+        ours.sa_mask = link->action.sa_mask;
+        flags &= link->action.sa_flags;
+    }
+    ours.sa_flags = flags | SA_SIGINFO | SA_ONSTACK; /* a host program may run threads on small stacks */
+    atomic_store(&first, link);                      /* before it can be needed */
+    atomic_store(&nobody_count, 0);
+    atomic_store(&is_paused, 0); /* before the handler can set it */
+    (void)sigaction(SIGCHLD, &ours, NULL);
+}
+
+/* Whether pause_handler has put `now` there. */
+static int is_put_by_pause(const struct sigaction *now)
+{
+    const struct link *link = atomic_load(&first);
+    return atomic_load(&is_paused) && link != NULL && is_same(now, &link->quiet);
+}
+
+int ap_sigchld_install(int resume)
+{
+    struct sigaction now;
+    const struct link *link;
+    int result = AP_INSTALL_UNCHANGED;
+
     (void)pthread_mutex_lock(&lock);
+    if (resume)
+        atomic_store(&nobody_count, 0);
     (void)sigaction(SIGCHLD, NULL, &now);
-    if (!is_ours(&now)) {
-        if (has_handler(&now)) {
-            /* It must find what it asked for. libuv's deadlocks if a signal interrupts it; Python's needs its system calls
-             * interrupted, or runs only when they have ended; a shell's wants to hear of children that stop. */
-            ours.sa_mask = now.sa_mask;
-            flags = now.sa_flags & flags;
-            link = find_link(&now, drop(atomic_load(&first), &now));
-        } else
-            link = find_link(&now, NULL); /* it calls nobody */
+    if (is_put_by_pause(&now)) {
+        if (resume) {
+            go_in_front(atomic_load(&first));
+            result = AP_INSTALL_RESUMED;
+        }
+    } else if (!is_ours(&now)) {
+        /* Who has no handler calls nobody. */
+        link = find_link(&now, has_handler(&now) ? drop(atomic_load(&first), &now) : NULL);
         if (link == NULL)
             result = -ENOMEM;
         else {
-            atomic_store(&first, link); /* before it can be needed */
-            ours.sa_flags = flags | SA_SIGINFO | SA_ONSTACK; /* a host program may run threads on small stacks */
-            (void)sigaction(SIGCHLD, &ours, NULL);
-            result = 1;
+            go_in_front(link);
+            result = AP_INSTALL_DONE;
         }
     }
     (void)pthread_mutex_unlock(&lock);
@@ -197,9 +292,10 @@ int ap_sigchld_restore(void)
     (void)pthread_mutex_lock(&lock);
     (void)sigaction(SIGCHLD, NULL, &now);
     link = atomic_load(&first);
-    if (is_ours(&now) && link != NULL) {
+    if ((is_ours(&now) || is_put_by_pause(&now)) && link != NULL) {
         (void)sigaction(SIGCHLD, &link->action, NULL);
         /* `first` stays: another thread may be in our handler, and somebody may have kept us to call us. */
+        atomic_store(&is_paused, 0);
         result = 1;
     }
     (void)pthread_mutex_unlock(&lock);
@@ -210,22 +306,20 @@ int ap_sigchld_abandon(int pid)
 {
     int i;
 
+    (void)atomic_fetch_add(&abandoned_count, 1); /* first: the handler may run, and reap it, between any two steps */
     for (i = 0; i < MAX_ABANDONED; i++) {
         int expected = 0;
         if (atomic_compare_exchange_strong(&abandoned[i], &expected, pid))
             return 0;
     }
+    (void)atomic_fetch_sub(&abandoned_count, 1);
     return -ENOSPC;
 }
 
 int ap_sigchld_reap_abandoned(void)
 {
-    int i, left = 0;
-
     reap_abandoned_pids();
-    for (i = 0; i < MAX_ABANDONED; i++)
-        left += atomic_load(&abandoned[i]) != 0;
-    return left;
+    return atomic_load(&abandoned_count);
 }
 
 void ap_sigchld_after_fork(void)
@@ -237,165 +331,47 @@ void ap_sigchld_after_fork(void)
         (void)close(fd);
     if (atomic_load(&first) == NULL) /* never installed: all that follows would only copy pages */
         return;
-    for (i = 0; i < MAX_ABANDONED; i++)
-        if (atomic_load_explicit(&abandoned[i], memory_order_relaxed) != 0)
-            atomic_store(&abandoned[i], 0);
+    if (atomic_load(&abandoned_count) != 0) {
+        for (i = 0; i < MAX_ABANDONED; i++)
+            if (atomic_load_explicit(&abandoned[i], memory_order_relaxed) != 0)
+                atomic_store(&abandoned[i], 0);
+        atomic_store(&abandoned_count, 0);
+    }
     (void)ap_sigchld_restore();
+}
+
+/* Writes what an action does; returns the length. */
+static int describe(const struct sigaction *action, char *ret_text, size_t size)
+{
+    const char *flag = action->sa_flags & SA_NOCLDWAIT ? " with SA_NOCLDWAIT" : "";
+    Dl_info where;
+
+    if (action->sa_handler == SIG_DFL)
+        return snprintf(ret_text, size, "SIG_DFL%s", flag);
+    if (action->sa_handler == SIG_IGN)
+        return snprintf(ret_text, size, "SIG_IGN%s", flag);
+    if (is_ours(action))
+        return snprintf(ret_text, size, "ours%s", flag);
+    if (dladdr((void *)(uintptr_t)action->sa_sigaction, &where) != 0 && where.dli_fname != NULL)
+        return snprintf(ret_text, size, "a handler in %s%s", where.dli_fname, flag);
+    return snprintf(ret_text, size, "a handler at %p%s", (void *)(uintptr_t)action->sa_sigaction, flag);
 }
 
 int ap_sigchld_describe(char *ret_text, int size)
 {
-    struct sigaction now;
+    static const char behind[] = ", and behind it ";
     const struct link *link = atomic_load(&first);
-    const char *before = "", *flag;
-    Dl_info where;
-    size_t room = (size_t)size;
+    struct sigaction now;
+    size_t room = (size_t)size, length;
 
     (void)sigaction(SIGCHLD, NULL, &now);
-    flag = now.sa_flags & SA_NOCLDWAIT ? " with SA_NOCLDWAIT" : "";
-    if (is_ours(&now)) {
-        if (link == NULL || link->action.sa_handler == SIG_DFL || link->action.sa_handler == SIG_IGN) {
-            (void)snprintf(ret_text, room, "ours%s", flag);
-            return 0;
-        }
-        before = "ours, and behind it "; /* its flags have no effect there */
-        now = link->action;
-    }
-    if (now.sa_handler == SIG_DFL)
-        (void)snprintf(ret_text, room, "SIG_DFL%s", flag);
-    else if (now.sa_handler == SIG_IGN)
-        (void)snprintf(ret_text, room, "SIG_IGN%s", flag);
-    else if (dladdr((void *)(uintptr_t)now.sa_sigaction, &where) != 0 && where.dli_fname != NULL)
-        (void)snprintf(ret_text, room, "%sa handler in %s%s", before, where.dli_fname, flag);
-    else
-        (void)snprintf(ret_text, room, "%sa handler at %p%s", before, (void *)(uintptr_t)now.sa_sigaction, flag);
-    return 0;
-}
-
-/* Returns the place of `pid`, or where it would have to be. */
-static int place_of(const ap_pids *pids, int pid)
-{
-    int low = 0, high = pids->count;
-
-    while (low < high) {
-        int middle = low + (high - low) / 2;
-        if (pids->keys[middle] >> 1 < pid)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-static int is_at(const ap_pids *pids, int place, int pid)
-{
-    return place < pids->count && pids->keys[place] >> 1 == pid;
-}
-
-static void remove_at(ap_pids *pids, int place)
-{
-    pids->count--;
-    memmove(pids->keys + place, pids->keys + place + 1, (size_t)(pids->count - place) * sizeof *pids->keys);
-}
-
-int ap_pids_add(ap_pids *pids, int pid, int peek)
-{
-    int place = place_of(pids, pid);
-
-    if (!is_at(pids, place, pid)) {
-        if (pids->count == pids->capacity) {
-            int capacity = pids->capacity > 0 ? 2 * pids->capacity : 64;
-            int *keys = realloc(pids->keys, (size_t)capacity * sizeof *keys);
-            if (keys == NULL)
-                return -ENOMEM;
-            pids->keys = keys;
-            pids->capacity = capacity;
-        }
-        memmove(pids->keys + place + 1, pids->keys + place, (size_t)(pids->count - place) * sizeof *pids->keys);
-        pids->count++;
-    }
-    pids->keys[place] = pid << 1 | (peek != 0);
-    return 0;
-}
-
-int ap_pids_remove(ap_pids *pids, int pid)
-{
-    int place = place_of(pids, pid);
-
-    if (!is_at(pids, place, pid))
+    length = (size_t)describe(&now, ret_text, room);
+    if (!is_ours(&now) || link == NULL || length + sizeof behind > room)
         return 0;
-    remove_at(pids, place);
-    return 1;
-}
-
-void ap_pids_clear(ap_pids *pids)
-{
-    free(pids->keys);
-    *pids = (ap_pids){0};
-}
-
-/* Asks for the child at `place`; returns whether it has ended, and then is in the batch and no longer in `pids`. */
-static int reap_at(ap_pids *pids, int place, ap_batch *batch)
-{
-    int pid = pids->keys[place] >> 1, peek = pids->keys[place] & 1;
-    ap_exit *ended = &batch->exits[batch->count];
-    int found = ap_waitid(P_PID, pid, WEXITED | WNOHANG | (peek ? WNOWAIT : 0), ended);
-
-    if (found == 0)
-        return 0;
-    if (found < 0) { /* -ECHILD: somebody else has reaped it */
-        ended->status = 0;
-        ended->source = AP_SOURCE_LOST;
+    if (has_handler(&link->action) || link->action.sa_handler == SIG_IGN || link->action.sa_flags & SA_NOCLDWAIT) {
+        memcpy(ret_text + length, behind, sizeof behind);
+        length += sizeof behind - 1;
+        (void)describe(&link->action, ret_text + length, room - length);
     }
-    ended->pid = pid;
-    ended->pidfd = -1;
-    batch->count++;
-    remove_at(pids, place);
-    return 1;
-}
-
-/* Asks for the children that were named since the last call. A name may be out of date, or not written yet: that is why it is
- * only a hint. Returns whether somebody else has reaped one. */
-static int reap_hinted(ap_pids *pids, ap_batch *batch)
-{
-    unsigned int end = atomic_load(&hint_count);
-    int lost = 0;
-
-    if (end - pids->hints_seen > HINTS)
-        pids->hints_seen = end - HINTS;
-    for (; pids->hints_seen != end && batch->count < AP_BATCH; pids->hints_seen++) {
-        int pid = atomic_load(&hints[pids->hints_seen % HINTS]), place = place_of(pids, pid);
-        if (is_at(pids, place, pid) && reap_at(pids, place, batch))
-            lost |= batch->exits[batch->count - 1].source == AP_SOURCE_LOST;
-    }
-    return lost;
-}
-
-int ap_sigchld_reap(ap_pids *pids, int scan, ap_batch *batch)
-{
-    int place, was_deferred = pids->deferred;
-
-    if (batch->count > 0)
-        return batch->count;
-    pids->deferred = 0;
-    if (!scan && !was_deferred) {
-        scan = reap_hinted(pids, batch);
-        if (!scan && batch->count > 0) {
-            pids->deferred = pids->count > 0;
-            return batch->count;
-        }
-    }
-    while (!scan && batch->count < AP_BATCH && pids->count > 0) {
-        ap_exit seen;
-        if (ap_waitid(P_ALL, 0, WEXITED | WNOHANG | WNOWAIT, &seen) <= 0) {
-            scan = batch->count == 0 && !was_deferred; /* woken for nothing: has somebody else reaped? */
-            break;
-        }
-        place = place_of(pids, seen.pid);
-        scan = !is_at(pids, place, seen.pid) || pids->keys[place] & 1 || !reap_at(pids, place, batch);
-    }
-    for (place = 0; scan && batch->count < AP_BATCH && place < pids->count;)
-        if (!reap_at(pids, place, batch))
-            place++;
-    return batch->count;
+    return 0;
 }

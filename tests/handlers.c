@@ -21,6 +21,12 @@ int count_calls(int which);
 /* Return whether `signal` was blocked in the last call of any. */
 int was_blocked(int signal);
 
+/* Add these flags to those that handler `which` is installed with. */
+void add_flags(int which, int flags);
+
+/* Set errno, raise SIGCHLD, and return what errno is then. */
+int errno_after_signal(int value);
+
 /* Set SIGCHLD to SIG_DFL with these flags, as a C program may, whatever they mean with it. Returns 0, or -1. */
 int set_default(int flags);
 
@@ -32,6 +38,7 @@ int errno_after_signal(int value);
 
 static struct sigaction before[HANDLERS];
 static _Atomic(int) calls[HANDLERS];
+static int more_flags[HANDLERS];
 static sigset_t mask;
 
 static void handle(int which, int signal, siginfo_t *info, void *context)
@@ -60,7 +67,7 @@ HANDLER(3)
 int install_handler(int which)
 {
     static void (*const handlers[HANDLERS])(int, siginfo_t *, void *) = {handler_0, handler_1, handler_2, handler_3};
-    struct sigaction action = {.sa_sigaction = handlers[which], .sa_flags = SA_SIGINFO}, found;
+    struct sigaction action = {.sa_sigaction = handlers[which], .sa_flags = SA_SIGINFO | more_flags[which]}, found;
 
     (void)sigfillset(&action.sa_mask);
     (void)sigaction(SIGCHLD, NULL, &found);
@@ -68,6 +75,18 @@ int install_handler(int which)
     if (!(found.sa_flags & SA_SIGINFO) || found.sa_sigaction != handlers[which])
         before[which] = found;
     return sigaction(SIGCHLD, &action, NULL);
+}
+
+void add_flags(int which, int flags)
+{
+    more_flags[which] |= flags;
+}
+
+int errno_after_signal(int value)
+{
+    errno = value;
+    (void)raise(SIGCHLD);
+    return errno;
 }
 
 int count_calls(int which)

@@ -51,6 +51,7 @@ def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the SIGCHLD backend look after its handler often, and say each time that SIGCHLD was ignored."""
     monkeypatch.setattr(_sigchld, "_warned_of_ignored", False)
     monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(_sigchld, "_replaced", (0.0, ""))  # by whom it was replaced in the last test says nothing here
 
 
 def lost_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

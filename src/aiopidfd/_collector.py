@@ -76,9 +76,9 @@ class Collector:
         count, records = reaper.reap()
         self._note(records)
         reaper.release()
-        if reaper.woken:
-            if self._sigchld is not None:
-                self._note(self._sigchld.reap(scan=False))
+        sigchld = self._sigchld
+        if sigchld is not None and (reaper.woken or sigchld.is_due):
+            self._note(sigchld.reap())
             reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
         return count == _reaper.BATCH_SIZE
 
@@ -106,6 +106,13 @@ class Collector:
                 untold.append(child)
                 child.pidfd = -1
                 del children[pid]
+
+    def _plan_look(self, delay_s: float, number: float) -> None:
+        self.link.call_later(delay_s, self._look, number)
+
+    def _look(self, number: float) -> None:
+        if self._sigchld is not None and self._sigchld.begin_look(number):
+            self.collect()
 
     def _start_checking(self) -> None:
         """Check once a second from now on, as long as a child is watched by SIGCHLD."""

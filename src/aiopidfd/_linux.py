@@ -184,17 +184,25 @@ def open_sigchld() -> int:
     return fd
 
 
-def wake_sigchld() -> None:
-    """Wake every loop that watches by SIGCHLD, as the handler does."""
-    lib.ap_sigchld_wake()
+def name_to_sigchld(pid: int) -> None:
+    """Do what our SIGCHLD handler does when a signal names `pid` as ended: wake every loop that watches by SIGCHLD."""
+    lib.ap_sigchld_add_name(pid)
 
 
-def install_sigchld() -> bool:
-    """Put our SIGCHLD handler in front of whoever is there now; return False if it is there already."""
-    result = lib.ap_sigchld_install()
+INSTALL_UNCHANGED: Final = lib.AP_INSTALL_UNCHANGED
+INSTALL_DONE: Final = lib.AP_INSTALL_DONE
+INSTALL_RESUMED: Final = lib.AP_INSTALL_RESUMED
+
+
+def install_sigchld(*, resume: bool = True) -> int:
+    """Put our SIGCHLD handler in front of whoever is there now; return INSTALL_*.
+
+    `resume`: also if it has paused itself, as sigchld.h says.
+    """
+    result = lib.ap_sigchld_install(resume)
     if result < 0:
         raise MemoryError
-    return result == 1
+    return result
 
 
 def restore_sigchld() -> bool:
@@ -222,8 +230,15 @@ def close_owned(fd: int) -> None:
 let_go: Final[Callable[[], None]] = lib.ap_let_go
 
 
+BEHIND: Final = ", and behind it "
+NOCLDWAIT: Final = " with SA_NOCLDWAIT"
+
+
 def describe_sigchld() -> str:
-    """Say what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or whose handler it is, or whose is behind ours."""
+    """Say what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or whose handler it is, and NOCLDWAIT if that is on.
+
+    After "ours" there is BEHIND and what ours has replaced, unless that is a plain SIG_DFL.
+    """
     text = ffi.new("char[512]")
     lib.ap_sigchld_describe(text, 512)
     return ffi.string(text).decode(errors="replace")

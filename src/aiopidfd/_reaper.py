@@ -129,8 +129,13 @@ class Reaper:
 BATCH_SIZE: Final = lib.AP_BATCH
 
 
+DOUBT_LATER: Final = lib.AP_DOUBT_LATER
+DOUBT_NOW: Final = lib.AP_DOUBT_NOW
+DOUBT_ALL: Final = lib.AP_DOUBT_ALL
+
+
 class Pids:
-    """The children that one loop watches by pid, and their reaping. The C contract is in cffi_build/sigchld.h."""
+    """The children that one loop watches by pid, and their reaping. The C contract is in cffi_build/pids.h."""
 
     __slots__ = ("_batch", "_pids", "keep_open", "release")
 
@@ -151,12 +156,27 @@ class Pids:
         """Remove a child; return whether it was there."""
         return lib.ap_pids_remove(self._pids, pid) == 1
 
-    @property
-    def deferred(self) -> bool:
-        """Whether the last `reap` has left something to be looked for by another one, soon."""
-        return bool(self._pids.deferred)
-
-    def reap(self, scan: bool) -> tuple[int, Iterator[Record]]:
-        """Reap what has ended; return how many there are, and what. `scan`: ask for each child."""
-        count = lib.ap_sigchld_reap(self._pids, scan, self._batch.struct)
+    def reap_named(self) -> tuple[int, Iterator[Record]]:
+        """Reap those that signals have named; return how many there are, and what."""
+        count = lib.ap_pids_reap_named(self._pids, self._batch.struct)
         return count, self._batch.records(count)
+
+    def reap_first(self) -> tuple[int, Iterator[Record]]:
+        """Reap those that no foreign zombie hides; return how many there are, and what."""
+        count = lib.ap_pids_reap_first(self._pids, self._batch.struct)
+        return count, self._batch.records(count)
+
+    def reap_all(self) -> tuple[int, Iterator[Record]]:
+        """Ask for each; return how many have ended, and what."""
+        count = lib.ap_pids_reap_all(self._pids, self._batch.struct)
+        return count, self._batch.records(count)
+
+    @property
+    def doubt(self) -> int:
+        """What is doubtful: DOUBT_*."""
+        return int(self._pids.doubt)
+
+    def take_doubt(self) -> int:
+        """Return what is doubtful, and doubt no more."""
+        doubt, self._pids.doubt = self.doubt, 0
+        return doubt

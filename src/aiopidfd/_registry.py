@@ -161,7 +161,7 @@ class Registry(Collector):
 
     def _get_sigchld(self) -> SigchldBackend:
         if self._sigchld is None:
-            self._sigchld = SigchldBackend(self._reaper)
+            self._sigchld = SigchldBackend(self._reaper, self._plan_look)
         return self._sigchld
 
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:

@@ -15,6 +15,18 @@ from ._backend import Backend, logger
 # or a thief, can delay an exit by.
 CHECK_INTERVAL_S = 1.0
 
+# Signals merge, so that after each there is doubt whether others have ended, too. To look for them costs the more the more
+# children there are; so that is done in a fiftieth of the time at most, not counting what a child that is found would have
+# cost anyway. What must wait longer, the check finds.
+_REST_AFTER_LOOK = 49
+_EXIT_COST_S = 0.0001
+
+# After a signal that was for others: until then they have reaped their zombie, and nothing need be asked but the kernel's
+# list. Many such signals cost one look.
+_LOOK_DELAY_S = 0.1
+
+_NEVER = float("inf")
+
 # The handler is the process's; it is in place while any loop watches a child by it. Re-entrant for Python signal handlers.
 _lock = RLock()
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
@@ -22,6 +34,7 @@ _watched = 0
 _abandoned = False
 _replaced: tuple[float, str] = (0.0, "")  # when our handler was found replaced while it was needed, and by what
 _warned_of_ignored = False
+_warned_of_storm = False
 
 
 def _count(change: int) -> None:
@@ -30,19 +43,37 @@ def _count(change: int) -> None:
     with _lock:
         _watched += change
         if change > 0:
-            _install(anew=_watched == change)
-        elif _watched == 0 and not _abandoned:
-            _linux.restore_sigchld()
+            is_first = _watched == change
+            _install(anew=is_first, resume=is_first)
+        elif _watched == 0:
+            if _abandoned:
+                _linux.install_sigchld()  # if it has paused: no loop will have it resume
+            else:
+                _linux.restore_sigchld()
 
 
-def _install(*, anew: bool) -> None:
+def _install(*, anew: bool, resume: bool) -> None:
     """Put the handler in front. If it was there, somebody has replaced it: remember by what, for that may have reaped."""
     global _replaced  # noqa: PLW0603 - the handler is the process's
     found = _linux.describe_sigchld()
-    if _linux.install_sigchld():
+    result = _linux.install_sigchld(resume=resume)
+    if result == _linux.INSTALL_RESUMED:
+        _warn_of_storm()
+    elif result == _linux.INSTALL_DONE:
         _warn_if_ignored(found)
         if not anew:
             _replaced = time.monotonic(), found
+
+
+def _warn_of_storm() -> None:
+    """Say once that the handler had to pause."""
+    global _warned_of_storm  # noqa: PLW0603 - the handler is the process's
+    if not _warned_of_storm:
+        _warned_of_storm = True
+        logger.warning(
+            "SIGCHLD is sent to this process very often though no child has ended; while that goes on, aiopidfd does not "
+            "handle it, and finds children that have ended once a second"
+        )
 
 
 def _warn_if_ignored(found: str) -> None:
@@ -98,16 +129,22 @@ def settle_abandoned() -> None:
 class SigchldBackend(Backend):
     """Watch children by pid. A chained SIGCHLD handler in C wakes the loop's reaper; then we look at what is dead."""
 
-    __slots__ = ("_pids", "_reaper", "_strangers")
+    __slots__ = ("_look_after", "_pids", "_plan", "_planned_for", "_strangers", "is_due")
 
     name = "sigchld"
 
-    def __init__(self, reaper: _reaper.Reaper) -> None:
-        """EMFILE, ENFILE: out of descriptors."""
-        self._reaper = reaper
+    def __init__(self, reaper: _reaper.Reaper, plan: Callable[[float, float], object]) -> None:
+        """EMFILE, ENFILE: out of descriptors.
+
+        `plan(delay_s, number)` is to call `begin_look(number)` in so many seconds, in the loop's thread.
+        """
         reaper.add_wake(_linux.open_sigchld())
         self._pids = _reaper.Pids()
         self._strangers: dict[int, bytes] = {}  # processes that send us no SIGCHLD: pid -> start time
+        self._plan = plan
+        self._planned_for = _NEVER
+        self._look_after = 0.0
+        self.is_due = False  # to be looked for those that no signal has named, by `reap`
 
     def add(self, pid: int, flags: int) -> int:
         """Watch a child, or, without ADD_CHECK_CHILD, a stranger."""
@@ -125,7 +162,7 @@ class SigchldBackend(Backend):
             self._strangers[pid] = started
         else:
             if ended is not None:
-                _linux.wake_sigchld()
+                _linux.name_to_sigchld(pid)
         return -1
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> int:
@@ -138,25 +175,56 @@ class SigchldBackend(Backend):
         """Change whether a child is only peeked at."""
         if pid not in self._strangers:
             self._pids.add(pid, bool(flags & _reaper.ADD_PEEK))
-            _linux.wake_sigchld()
+            _linux.name_to_sigchld(pid)
 
     def remove(self, pid: int, pidfd: int) -> None:
         """Watch no longer."""
         if self._strangers.pop(pid, None) is None and self._pids.remove(pid):
             _count(-1)
 
-    def reap(self, scan: bool) -> Iterator[_reaper.Record]:
-        """Reap all children that have ended; `scan`: ask for each, whatever was signalled."""
+    def reap(self) -> Iterator[_reaper.Record]:
+        """Reap those that signals have named, and look for others, if that is due; where there is doubt, plan to."""
+        yield from self._take(self._pids.reap_named)
+        if self.is_due:
+            yield from self._look()
+            self.is_due = False  # not before: an interrupt must not lose it
+        doubt = self._pids.doubt
+        if doubt and len(self._pids):
+            # Not at once: let those that were found be told first.
+            self._plan_look(0.0 if doubt & _reaper.DOUBT_NOW else _LOOK_DELAY_S)
+
+    def _plan_look(self, delay_s: float) -> None:
+        now = time.monotonic()
+        at = max(now + delay_s, self._look_after)
+        if at < self._planned_for:
+            self._planned_for = at
+            self._plan(at - now, at)
+
+    def begin_look(self, number: float) -> bool:
+        """Return whether `reap` is to be called now: what was planned under this number was not overtaken."""
+        if number != self._planned_for:
+            return False
+        self._planned_for, self.is_due = _NEVER, True
+        return True
+
+    def _look(self) -> Iterator[_reaper.Record]:
+        """Reap all that have ended: by one walk over the kernel's list, where that can find them."""
+        began, before = time.thread_time(), len(self._pids)
+        doubt = self._pids.take_doubt()
+        yield from self._take(self._pids.reap_first)
+        if (doubt | self._pids.take_doubt()) & _reaper.DOUBT_ALL:
+            yield from self._take(self._pids.reap_all)
+        in_vain_s = time.thread_time() - began - (before - len(self._pids)) * _EXIT_COST_S
+        self._look_after = time.monotonic() + max(in_vain_s, 0.0) * _REST_AFTER_LOOK
+
+    def _take(self, reap: Callable[[], tuple[int, Iterator[_reaper.Record]]]) -> Iterator[_reaper.Record]:
+        """Reap in one of the ways of `Pids` until there is no more."""
         while True:
-            count, records = self._pids.reap(scan)
+            count, records = reap()
             yield from records
             if count:
                 self._pids.release()
                 _count(-count)
-            if self._pids.deferred:
-                # Let those that were found be told first. To modify what is readable wakes this loop, and no other.
-                self._reaper.modify(0, _linux.open_sigchld(), 0)
-                return
             if count < _reaper.BATCH_SIZE:
                 return
 
@@ -164,7 +232,7 @@ class SigchldBackend(Backend):
         """Put the handler back in front if somebody has replaced it, and ask for every child and stranger."""
         if len(self._pids):
             with _lock:
-                _install(anew=False)
+                _install(anew=False, resume=True)
         for pid, started in tuple(self._strangers.items()):
             try:
                 is_there = _start_time(pid) == started
@@ -175,7 +243,7 @@ class SigchldBackend(Backend):
             if not is_there:
                 del self._strangers[pid]
                 yield pid, -1, 0, _reaper.SOURCE_LOST, b""
-        yield from self.reap(scan=True)
+        yield from self._take(self._pids.reap_all)
 
     def is_idle(self) -> bool:
         """Return whether nothing is watched, so that nothing need be checked."""

@@ -31,18 +31,35 @@ def warn_lost(pid: int) -> None:
 
 def find_thief() -> str:
     """Say who is likely to have reaped a child of ours: what SIGCHLD is set to, or was a moment ago, or else some thread."""
-    for action in (_linux.describe_sigchld(), _sigchld.recent_replacement()):
-        if "SA_NOCLDWAIT" in action:
-            return "SIGCHLD is set with SA_NOCLDWAIT, so that the kernel reaps children itself"
-        if action.startswith("SIG_IGN"):
-            return "SIGCHLD is ignored, so that the kernel reaps children itself"
-        _, is_handled, library = action.partition("a handler ")
-        if is_handled and "/uvloop/" not in library:
-            handler = signal.getsignal(signal.SIGCHLD)
-            if callable(handler) and _is_python(library):
-                return f"the SIGCHLD handler {handler!r}"
-            return f"the SIGCHLD handler {library}"
-    return _NOBODY_KNOWN
+    present, _, behind = _linux.describe_sigchld().partition(_linux.BEHIND)
+    recent = _sigchld.recent_replacement().partition(_linux.BEHIND)[0]
+    # First whatever has the kernel reap: a handler that is there, too, may be harmless, and this is not.
+    if why := _why_kernel_reaps(present):
+        return f"SIGCHLD is {why}, so that the kernel reaps children itself"
+    if why := _why_kernel_reaps(recent):
+        return f"SIGCHLD is {why}, or was a moment ago, so that the kernel reaps children itself"
+    handler = next(filter(None, map(_name_handler, (present, behind, recent))), _NOBODY_KNOWN)
+    if why := _why_kernel_reaps(behind):
+        return f"SIGCHLD was {why} before aiopidfd handled it, so that the kernel reaped children itself; or else {handler}"
+    return handler
+
+
+def _why_kernel_reaps(action: str) -> str | None:
+    """Say what of an action has the kernel reap children; None if nothing does."""
+    if action.startswith("SIG_IGN"):
+        return "ignored"
+    return "set with SA_NOCLDWAIT" if _linux.NOCLDWAIT in action else None
+
+
+def _name_handler(action: str) -> str | None:
+    """Name the handler of an action; None if it has none, or one that is known to be harmless."""
+    _, is_handled, library = action.partition(_linux.NOCLDWAIT)[0].partition("a handler ")
+    if not is_handled or "/uvloop/" in library:
+        return None
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and _is_python(library):
+        return f"the SIGCHLD handler {handler!r}"
+    return f"the SIGCHLD handler {library}"
 
 
 def _is_python(library: str) -> bool:
