@@ -21,11 +21,8 @@ int count_calls(int which);
 /* Return whether `signal` was blocked in the last call of any. */
 int was_blocked(int signal);
 
-/* Add these flags to those that handler `which` is installed with. */
-void add_flags(int which, int flags);
-
-/* Set errno, raise SIGCHLD, and return what errno is then. */
-int errno_after_signal(int value);
+/* Have handler `which` installed with these flags, too. */
+void set_flags(int which, int flags);
 
 /* Set SIGCHLD to SIG_DFL with these flags, as a C program may, whatever they mean with it. Returns 0, or -1. */
 int set_default(int flags);
@@ -77,16 +74,9 @@ int install_handler(int which)
     return sigaction(SIGCHLD, &action, NULL);
 }
 
-void add_flags(int which, int flags)
+void set_flags(int which, int flags)
 {
-    more_flags[which] |= flags;
-}
-
-int errno_after_signal(int value)
-{
-    errno = value;
-    (void)raise(SIGCHLD);
-    return errno;
+    more_flags[which] = flags;
 }
 
 int count_calls(int which)

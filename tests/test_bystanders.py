@@ -49,9 +49,11 @@ def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def handlers() -> Any:
-    """Handlers in C."""
-    return ctypes.CDLL(str(compile_c("handlers.c", "-shared", "-fPIC")))
+def handlers() -> Iterator[Any]:
+    """Handlers in C: 0 and 1 call whoever was there before, 1 without a siginfo_t; 2 does not."""
+    library = ctypes.CDLL(str(compile_c("handlers.c", "-shared", "-fPIC")))
+    yield library
+    library.set_flags(2, 0)
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ def handle_in_python(handlers: Any) -> None:
 
 
 def handle_in_c_and_discard(handlers: Any) -> None:
-    handlers.add_flags(2, SA_NOCLDWAIT)
+    handlers.set_flags(2, SA_NOCLDWAIT)
     handlers.install_handler(2)
 
 
