@@ -79,22 +79,27 @@ async def test_child_that_gives_up_its_readiness_but_lives_is_ended(monkeypatch:
 
 async def test_manual_readiness_waits_for_notify_ready() -> None:
     read, write = os.pipe()
+    here_read, here = os.pipe()
 
     def worker() -> int:
+        os.write(here, b"x")  # what says that it is ready by itself has said so by now
         os.read(read, 1)
         notify_ready()
         notify_ready()  # a second one is nothing
         return os.read(read, 1)[0]
 
     starting = asyncio.ensure_future(afork(worker, ready="manual"))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)
+    os.read(here_read, 1)
+    for _ in range(5):
+        await asyncio.sleep(0)
     assert not starting.done()
     os.write(write, b"x")
     child = await starting
     os.write(write, b"\x0c")
     assert await child.wait() == 12
-    os.close(read)
-    os.close(write)
+    for fd in (read, write, here_read, here):
+        os.close(fd)
 
 
 def test_notify_ready_outside_an_aforked_child_is_an_error() -> None:
@@ -194,7 +199,7 @@ async def test_interrupt_when_signals_come_in_again_ends_the_child(monkeypatch: 
 
 async def test_cancellation_ends_and_reaps_the_child() -> None:
     starting = asyncio.ensure_future(afork(wait_for_signal, ready="manual"))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0)
     (pid,) = children()
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -204,7 +209,8 @@ async def test_cancellation_ends_and_reaps_the_child() -> None:
 
 async def test_second_cancellation_does_not_cut_the_reaping_short() -> None:
     starting = asyncio.ensure_future(afork(wait_for_signal, ready="manual"))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0)
+    (_,) = children()
     starting.cancel()
     await asyncio.sleep(0)
     starting.cancel()
@@ -341,7 +347,7 @@ def test_a_worker_of_io_uring_is_no_thread() -> None:
 async def test_gate_has_one_holder_on_either_side() -> None:
     """While one child is not ready, another one is forked: it must not hold the first one's gate."""
     starting = asyncio.ensure_future(afork(wait_for_signal, ready="manual"))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0)
     (gate,) = registry_of(asyncio.get_running_loop()).gates._gates.values()
     inode = os.fstat(gate.fd).st_ino
 

@@ -169,8 +169,9 @@ async def test_async_with_ends_the_child_also_when_cancelled() -> None:
 
     using = asyncio.ensure_future(use())
     while not pids:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.02)  # in stop(), waiting for a child that ignores SIGTERM
+        await asyncio.sleep(0)
+    for _ in range(3):
+        await asyncio.sleep(0)  # in stop(), waiting for a child that ignores SIGTERM
     using.cancel()
     with pytest.raises(asyncio.CancelledError):
         await using
@@ -234,10 +235,25 @@ async def test_group_is_signalled_as_a_whole() -> None:
 
 
 async def test_group_after_the_end_is_not_signalled(caplog: pytest.LogCaptureFixture) -> None:
-    child = await afork(lambda: 0, process_group=0)
+    """Its number may be another group's by then. Here it is a grandchild's, which must not be hit."""
+    orders, order = os.pipe()
+    said, say = os.pipe()
+
+    def family() -> None:
+        if os.fork() == 0:
+            os.write(say, os.read(orders, 1))
+            os._exit(0)
+
+    child = await afork(family, process_group=0)
+    os.close(say)
     await child.wait()
     child.signal_group(signal.SIGTERM)
     assert "has ended" in caplog.text
+    os.write(order, b"x")
+    assert os.read(said, 1) == b"x"
+    assert os.read(said, 1) == b""  # the grandchild has ended
+    for fd in (orders, order, said):
+        os.close(fd)
 
 
 async def test_group_of_another_child_can_be_joined() -> None:
