@@ -95,10 +95,10 @@ static int clone_child(struct launch *launch, int with_pidfd, int *ret_pidfd)
 {
     enum { STACK_SIZE = 16384 };
     _Alignas(16) char stack[STACK_SIZE];
-    const int flags = CLONE_VM | CLONE_VFORK | (with_pidfd ? CLONE_PIDFD : 0);
+    const unsigned int flags = CLONE_VM | CLONE_VFORK | (with_pidfd ? CLONE_PIDFD : 0U);
     /* Exit signal 0 until it runs its program (exec makes it SIGCHLD): a child that fails before is seen by nobody but us. */
     struct clone_args_v0 args = {
-        .flags = (uint64_t)flags | CLONE_CLEAR_SIGHAND,
+        .flags = flags | CLONE_CLEAR_SIGHAND,
         .pidfd = with_pidfd ? (uint64_t)(uintptr_t)ret_pidfd : 0,
         .stack = (uint64_t)(uintptr_t)stack,
         .stack_size = STACK_SIZE,
@@ -107,7 +107,7 @@ static int clone_child(struct launch *launch, int with_pidfd, int *ret_pidfd)
 
     if (pid == -ENOSYS || pid == -EINVAL || pid == -EPERM || pid == -EACCES) { /* before 5.5, or filtered as in Docker */
         launch->reset_handlers = 1;
-        pid = clone(ap_run_child, stack + STACK_SIZE, flags, launch, ret_pidfd);
+        pid = clone(ap_run_child, stack + STACK_SIZE, (int)flags, launch, ret_pidfd);
         if (pid < 0)
             pid = -errno;
     }
