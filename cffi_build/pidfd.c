@@ -34,6 +34,7 @@ struct pidfd_info_v0 {
 };
 _Static_assert(sizeof(struct pidfd_info_v0) == 64, "the size is a part of the ioctl's number");
 #define GET_INFO_V0 _IOWR(0xFF, 11, struct pidfd_info_v0)
+#define INFO_PID ((uint64_t)1 << 0)
 #define INFO_EXIT ((uint64_t)1 << 3)
 
 /* What ioctl takes as its request: glibc and the kernel have it unsigned, musl has it as POSIX does. */
@@ -91,6 +92,15 @@ int ap_pidfd_get_exit(int pidfd, int *ret_status)
         return 0;
     *ret_status = info.exit_code;
     return 1;
+}
+
+int ap_pidfd_get_pid(int pidfd)
+{
+    struct pidfd_info_v0 info = {.mask = INFO_PID};
+
+    if (ioctl(pidfd, (ioctl_request)GET_INFO_V0, &info) < 0)
+        return -errno;
+    return info.mask & INFO_PID && info.tgid > 0 ? (int)info.tgid : -ESRCH;
 }
 
 static int exit_at_once(void *unused)

@@ -39,6 +39,10 @@ int ap_pidfd_send_signal(int pidfd, int signal, unsigned int flags);
  * -ENOTTY, -EINVAL, -ESRCH: this kernel (before 6.11, 6.13, 6.15) does not tell. */
 int ap_pidfd_get_exit(int pidfd, int *ret_status);
 
+/* Return the pid of a process that was not reaped, as it is in the PID namespace of the caller. Linux 6.13.
+ * -ENOTTY, -EINVAL: before. -ESRCH: it was reaped. -EREMOTE: it has none there. */
+int ap_pidfd_get_pid(int pidfd);
+
 /* Find out by trying whether a status can be recovered here: make a child that sends no signal, reap it, and ask.
  * Returns 1 or 0; -errno when clone(2) with CLONE_PIDFD is refused. */
 int ap_probe_exit_info(void);

@@ -156,7 +156,8 @@ class ForkServer:
             TypeError, ValueError: another argument is not what it must be; nothing was sent.
             ChildStartError: the child ended before it was ready, with its traceback if there is one.
             ConnectionResetError: the server has ended. There is no child.
-            OSError: EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2), here or in the server.
+            OSError: EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2), here or in the server. ENOTSUP: the server is in another
+                PID namespace, and nothing tells what pid the worker has in this one (before Linux 6.13, without a /proc).
             RuntimeError: the server is not started, closed, or belongs to another loop.
 
         Cancellation kills the half-made child and reaps it before it goes on. If the server does not answer within a second,

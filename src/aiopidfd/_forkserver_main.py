@@ -3,12 +3,15 @@
 Two sockets, neither of which has a name:
 
 * The wire, a SOCK_SEQPACKET pair. A request is a number, and the descriptors that the worker gets: its gate first. A reply
-  is that number, the worker's pid, or 0 and an errno, and the pidfd. Number 0 is the reply to nothing: the server is there,
+  is that number, the worker's pid, an errno or 0, and the pidfd. Number 0 is the reply to nothing: the server is there,
   or a traceback of why it is not.
 * The gate, a stream pair for each worker, which does not pass through the server: what to run goes in there, however big it
   is, and then GO when the parent holds the pidfd. Out comes STARTED when all is unpickled, READY, or FAILED and why. The
-  worker waits for GO before it runs anything that may end it, and names its pid, so that the parent finds it even if the
-  server dies before it can reply.
+  worker waits for GO before it runs anything that may end it. The kernel tells the parent who speaks (SCM_CREDENTIALS), so
+  that it finds the worker even if the server dies before it can reply.
+
+Server and workers may be in another PID namespace than their parent, if that has called unshare(CLONE_NEWPID) or setns. The
+numbers that they see are not those that it sees: they are told only by a server that sees its parent, and so is in the same.
 
 The server has one thread, and all signals blocked: it ends when its parent does, which it sees by the end of the wire.
 """
@@ -32,7 +35,7 @@ from . import _child, _child_exit, _fork, _inherited, _linux
 from ._child import Options
 
 REQUEST: Final = struct.Struct("=Q")  # number
-REPLY: Final = struct.Struct("=Qii")  # number, pid, errno
+REPLY: Final = struct.Struct("=Qii")  # number, pid or 0, errno
 # Readiness is manual, new session, process group or -1, pdeathsig or 0, how many numbers of pass_fds follow, and the size of
 # the pickle of (function, args) after them. No pickle itself: each page that a worker touches is copied for it.
 ORDER: Final = struct.Struct("=??qiiQ")
@@ -40,8 +43,7 @@ ORDER: Final = struct.Struct("=??qiiQ")
 STARTED: Final = b"s"
 FAILED: Final = b"f"
 GO: Final = b"g"
-PID: Final = struct.Struct("=i")  # follows STARTED
-FAILURE: Final = struct.Struct("=iI")  # follows FAILED: pid, and the size of the text that comes next
+FAILURE: Final = struct.Struct("=I")  # follows FAILED: the size of the text that comes next
 
 MAX_FDS: Final = 253  # SCM_MAX_FD of the kernel: in one message
 _MAX_TEXT: Final = 60_000  # fits into a socket's buffer
@@ -120,7 +122,7 @@ def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
 
 
 def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None:
-    reply = REPLY.pack(number, pid, code)
+    reply = REPLY.pack(number, pid if os.getppid() else 0, code)  # 0: our parent is in no namespace that we see
     try:
         if pidfd < 0:
             server.wire.send(reply)
@@ -159,7 +161,7 @@ def _start(server: Server, fds: list[int]) -> Callable[[], object]:
         if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             raise
         raise SystemExit(1) from None  # the parent knows
-    _write(gate.fd, STARTED + PID.pack(os.getpid()))
+    _write(gate.fd, STARTED)
     gate.read(len(GO))
     if not manual:
         os.close(_child.take_ready_fd())
@@ -180,13 +182,13 @@ class _Gate:
         self._ahead = b""
 
     def read(self, size: int) -> bytes:
-        """Read `size` bytes. SystemExit: the parent has given us up, or has never heard of us: so we say who we are."""
+        """Read `size` bytes. SystemExit: the parent has given us up. It may never have heard of us: so we say something."""
         parts, missing = [self._ahead], size - len(self._ahead)
         while missing > 0:
             # A small order is read as a whole, often with GO at its end.
             part = os.read(self.fd, min(max(missing, 4096), 1 << 20))
             if not part:
-                _write(self.fd, STARTED + PID.pack(os.getpid()))
+                _write(self.fd, STARTED)
                 raise SystemExit(1)
             parts.append(part)
             missing -= len(part)
@@ -230,7 +232,7 @@ def _move_out_of(numbers: Sequence[int], fd: int) -> int:
 
 def _tell_failure(gate: int) -> None:
     text = _format_exception()
-    _write(gate, FAILED + FAILURE.pack(os.getpid(), len(text)) + text)
+    _write(gate, FAILED + FAILURE.pack(len(text)) + text)
 
 
 def _format_exception() -> bytes:

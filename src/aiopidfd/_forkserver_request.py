@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
+import signal
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Union
@@ -13,7 +16,7 @@ from typing import Union
 from . import _fork, _linux
 from ._child import Options
 from ._fork import ChildStartError
-from ._forkserver_main import FAILED, FAILURE, GO, PID, REQUEST, STARTED, pack_order
+from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
 from ._gate import READY
 from ._loop_link import add_reader, add_writer
 from ._process import AbstractChildProcess, watch_forked
@@ -22,6 +25,7 @@ from ._process import AbstractChildProcess, watch_forked
 REPLY_S = 1.0
 
 _READ_SIZE = 65536
+_CREDENTIALS = struct.Struct("3i")  # of the kernel: pid in our namespace, uid, gid
 
 Outcome = Union[AbstractChildProcess, OSError]
 """A watched worker, or why there is none."""
@@ -66,7 +70,9 @@ class Request:
 
     @property
     def is_spoiled(self) -> bool:
-        """Whether a worker without an order has ended, or there is none and none to come."""
+        """Whether a worker without an order has ended or will, or there is none and none to come."""
+        if self._abandoned:
+            return True
         if not self.outcome.done():
             return False
         if self.ready.done():  # it has closed its gate: killed, though its end was not told yet
@@ -77,6 +83,7 @@ class Request:
     def send(self, wire: socket.socket, number: int) -> None:
         """Send it. OSError: EMFILE, ENFILE, EBADF among them; nothing was sent."""
         gate, worker_gate = socket.socketpair()
+        gate.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         _fork.keep_from_children(gate)
         with worker_gate:
             try:
@@ -118,9 +125,12 @@ class Request:
             return
         try:
             while True:
-                heard = self._gate.recv(_READ_SIZE)
+                heard, control, _, _ = self._gate.recvmsg(_READ_SIZE, socket.CMSG_SPACE(_CREDENTIALS.size))
                 if not heard:
                     break
+                for level, kind, data in control:
+                    if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                        self._pid = _CREDENTIALS.unpack(data)[0]
                 self._heard += heard
         except (BlockingIOError, InterruptedError):
             self._understand()
@@ -131,15 +141,14 @@ class Request:
 
     def _understand(self) -> None:
         heard = self._heard
-        if heard[:1] == STARTED and len(heard) > PID.size:
-            (self._pid,) = PID.unpack(heard[1 : 1 + PID.size])
-            del heard[: 1 + PID.size]
+        if heard[:1] == STARTED:
+            del heard[:1]
             if self._options is not None and self._options.ready == "auto":
                 self._be_told(True)
         if heard[:1] == READY:
             self._be_told(True)
         elif heard[:1] == FAILED and len(heard) > FAILURE.size:
-            self._pid, size = FAILURE.unpack(heard[1 : 1 + FAILURE.size])
+            (size,) = FAILURE.unpack(heard[1 : 1 + FAILURE.size])
             text = heard[1 + FAILURE.size :]
             if len(text) == size:
                 self.failure = text.decode(errors="replace")
@@ -160,9 +169,17 @@ class Request:
             self.settle(self._lost)
 
     def bind(self, pid: int, pidfd: int, code: int) -> None:
-        """Watch the worker from now on, and let it out of its gate if it knows what to run."""
+        """Watch the worker from now on, and let it out of its gate if it knows what to run.
+
+        `pid` is 0 where the server is in another PID namespace. `pidfd`, or -1, is ours from now on.
+        """
         if self.outcome.done():
             return
+        if not pid and not code:
+            pid = _linux.get_pid(pidfd) if pidfd >= 0 else 0
+            if not pid:
+                self._lose_number(pidfd)
+                return
         worker = _bind_worker(self._loop, pid, pidfd, code)
         self.settle(worker)
         if isinstance(worker, AbstractChildProcess):
@@ -172,6 +189,25 @@ class Request:
         if self._options is not None:
             self._let_out(worker, self._options)
             self._write()
+
+    def _lose_number(self, pidfd: int) -> None:
+        """End a worker whose pid is not known, and so would be somebody else's. Without a pidfd it says itself who it is."""
+        if pidfd < 0:
+            self.lose_server(_linux.error(errno.EMFILE, "the pidfd of a worker in another PID namespace was lost"))
+            if self._options is None:
+                self.dismiss()
+            return
+        _linux.send_signal(pidfd, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # somebody else has reaped it
+            _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        self.settle(
+            OSError(
+                errno.ENOTSUP,
+                "the fork server is in another PID namespace, and what pid a worker has in this one cannot be learnt: "
+                "it takes Linux 6.13, or a /proc of this namespace",
+            )
+        )
 
     def _let_out(self, worker: Outcome, options: Options) -> None:
         if isinstance(worker, AbstractChildProcess) and not self._abandoned:

@@ -105,6 +105,23 @@ def get_exit(pidfd: int) -> int | None:
     return int(status[0]) if result else None
 
 
+def get_pid(pidfd: int) -> int:
+    """Return the pid that a process, not reaped yet, has in our PID namespace; 0 if that is not told.
+
+    By PIDFD_GET_INFO (Linux 6.13), else by a /proc of our namespace.
+    """
+    pid = lib.ap_pidfd_get_pid(pidfd)
+    if pid <= 0:
+        pid = 0
+        try:
+            if os.readlink("/proc/self") == str(os.getpid()):  # else it tells the numbers of another namespace
+                with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as fdinfo:
+                    pid = next((int(line[4:]) for line in fdinfo if line.startswith("Pid:")), 0)
+        except OSError:  # ENOENT: there is no /proc, or we are not in it. EMFILE, ENFILE
+            pass
+    return max(pid, 0)  # -1: it was reaped
+
+
 def can_recover_exit() -> bool:
     """Return whether the status of a child that somebody else reaped can be had here, found out by trying.
 
