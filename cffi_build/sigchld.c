@@ -316,6 +316,18 @@ int ap_sigchld_abandon(int pid)
     return -ENOSPC;
 }
 
+int ap_sigchld_claim(int pid)
+{
+    int i;
+
+    for (i = 0; i < MAX_ABANDONED; i++) {
+        int expected = pid;
+        if (atomic_compare_exchange_strong(&abandoned[i], &expected, 0))
+            return 1;
+    }
+    return 0;
+}
+
 int ap_sigchld_reap_abandoned(void)
 {
     reap_abandoned_pids();

@@ -36,6 +36,9 @@ int ap_sigchld_restore(void);
 /* Have the handler itself reap `pid`, for whom no loop is left to do it. -ENOSPC: there are too many. */
 int ap_sigchld_abandon(int pid);
 
+/* Take back ap_sigchld_abandon: the handler does not reap `pid` any more. Returns whether it would have. */
+int ap_sigchld_claim(int pid);
+
 /* Reap the abandoned children that have ended; returns how many are left. */
 int ap_sigchld_reap_abandoned(void);
 

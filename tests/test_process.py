@@ -29,6 +29,13 @@ from .conftest import LoopFactory, children, run_on
 from .workers import wait_for_signal
 
 
+def deaf() -> None:
+    """In a child: ignore SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    notify_ready()
+    wait_for_signal()
+
+
 async def test_handle_of_a_running_child() -> None:
     async with await afork(wait_for_signal) as child:
         assert isinstance(child, AbstractChildProcess)
@@ -58,8 +65,14 @@ async def test_terminate_and_kill() -> None:
         assert await child.wait() == -sig
 
 
-async def test_sigkill_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_sigkill_is_logged_for_a_child_that_was_asked_to_end(caplog: pytest.LogCaptureFixture) -> None:
     child = await afork(wait_for_signal)
+    child.kill()
+    await child.wait()
+    assert not caplog.records
+    child = await afork(deaf, ready="manual")
+    child.terminate()
+    child.kill()
     child.kill()
     await child.wait()
     assert [record.getMessage() for record in caplog.records] == [f"Force-killed hanging child: {child.pid}"]
@@ -138,28 +151,19 @@ async def test_signals_may_be_sent_from_any_thread() -> None:
     assert await child.wait() == -15
 
 
-async def test_stop_asks_first_and_kills_after_the_grace() -> None:
-    def deaf() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        notify_ready()
-        wait_for_signal()
-
+async def test_stop_asks_first_and_kills_after_the_grace(caplog: pytest.LogCaptureFixture) -> None:
     child = await afork(deaf, ready="manual")
     began = time.monotonic()
     assert await child.stop(grace=0.1) == -signal.SIGKILL
     assert time.monotonic() - began >= 0.1
+    assert [record.getMessage() for record in caplog.records] == [f"Force-killed hanging child: {child.pid}"]
 
     child = await afork(wait_for_signal)
     assert await child.stop(grace=60) == -signal.SIGTERM
     assert await child.stop() == -signal.SIGTERM
 
 
-async def test_async_with_ends_the_child_also_when_cancelled() -> None:
-    def deaf() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        notify_ready()
-        wait_for_signal()
-
+async def test_async_with_ends_the_child_also_when_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     pids: list[AbstractChildProcess] = []
 
     async def use() -> None:
@@ -180,6 +184,7 @@ async def test_async_with_ends_the_child_also_when_cancelled() -> None:
     finally:
         if pids[0].returncode is None:
             pids[0].kill()
+    assert not caplog.records
 
 
 async def test_dropped_handle_warns_and_its_child_is_reaped_not_killed() -> None:

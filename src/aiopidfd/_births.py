@@ -97,7 +97,7 @@ def kill(registry: Registry, child: Child) -> None:
     """Kill a watched child and return once it is dead, which takes no time; it is reaped with what else has ended."""
     with registry._lock:  # so that nobody closes the pidfd meanwhile
         try:
-            if registry.send_signal(child, signal.SIGKILL):
+            if registry.send_signal(child, signal.SIGKILL) is None:
                 _linux.wait_id(*_by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
         except PermissionError:  # it runs as another user now, and stays watched
             logger.warning("cannot kill process %d: it runs as another user", child.pid)

@@ -246,6 +246,7 @@ async def await_ready(child: AbstractChildProcess, said: asyncio.Future[bool]) -
     if not end.done():  # it has closed its end of the gate: in dying, we trust
         await asyncio.wait([end], timeout=_SILENCE_S)
         if not end.done():
+            child._asked_to_end = True
             child.kill()
     return await asyncio.shield(end)
 

@@ -232,6 +232,11 @@ def abandon_to_sigchld(pid: int) -> bool:
     return lib.ap_sigchld_abandon(pid) == 0
 
 
+def claim_abandoned(pid: int) -> bool:
+    """Take back `abandon_to_sigchld`; return whether there was anything to take back."""
+    return lib.ap_sigchld_claim(pid) == 1
+
+
 def reap_abandoned() -> int:
     """Reap those abandoned children that have ended; return how many are left."""
     return lib.ap_sigchld_reap_abandoned()

@@ -17,6 +17,10 @@ from ._watched import Child
 from ._watcher import check_pid
 
 
+# What asks a process to end. One that does not, and is then killed, was hanging.
+_REQUESTS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
+
+
 class _End:
     """The end of one child, kept apart from the handle so that the registry does not keep a dropped handle alive."""
 
@@ -40,6 +44,7 @@ class AbstractChildProcess(ABC):
     `async with` stops the child on the way out.
     """
 
+    _asked_to_end = False  # by a signal, and has not ended since
     _detached = True  # until the child is ours: a constructor that fails has nothing to warn of
 
     def _adopt(self, pid: int, pidfd: int, backend: Choice) -> None:
@@ -76,8 +81,8 @@ class AbstractChildProcess(ABC):
             await self.stop()
         except asyncio.CancelledError:
             self.detach()
-            if self.returncode is None:
-                self.kill()  # no time to be polite; the registry reaps it
+            if self.returncode is None:  # no time to be polite; the registry reaps it
+                self._registry.send_signal(self._child, signal.SIGKILL)
             raise
 
     @property
@@ -105,11 +110,14 @@ class AbstractChildProcess(ABC):
         Raises:
             OSError: EINVAL, no such signal; EPERM, the child runs as another user now. See pidfd_send_signal(2).
         """
-        if self._registry.send_signal(self._child, sig):
-            if sig == signal.SIGKILL:
-                logger.warning("Force-killed hanging child: %d", self.pid)
-        else:
-            self._warn_ended(sig)
+        obstacle = self._registry.send_signal(self._child, sig)
+        if obstacle is not None:
+            self._warn_not_sent(sig, obstacle)
+        elif sig in _REQUESTS:
+            self._asked_to_end = True
+        elif sig == signal.SIGKILL and self._asked_to_end:
+            self._asked_to_end = False  # it is said once
+            logger.warning("Force-killed hanging child: %d", self.pid)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -130,11 +138,12 @@ class AbstractChildProcess(ABC):
         """
         if self._pgid is None:
             raise RuntimeError("signal_group() needs a child forked with start_new_session=True or process_group=")
-        if not self._registry.signal_group(self._child, self._pgid or self.pid, sig):
-            self._warn_ended(sig)
+        obstacle = self._registry.send_signal(self._child, sig, self._pgid or self.pid)
+        if obstacle is not None:
+            self._warn_not_sent(sig, obstacle)
 
-    def _warn_ended(self, sig: int) -> None:
-        logger.warning("signal %d not sent: child process %d has ended", sig, self.pid)
+    def _warn_not_sent(self, sig: int, obstacle: str) -> None:
+        logger.warning("signal %d not sent: child process %d %s", sig, self.pid, obstacle)
 
     async def wait(self) -> int:
         """Wait until the child has ended and return its returncode. Many tasks may wait; cancellation harms nobody.

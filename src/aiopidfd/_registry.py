@@ -13,6 +13,7 @@ from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._births import end_births
 from ._collector import Collector
 from ._gate import Gate
+from ._orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
 from ._sigchld import SigchldBackend, abandon
 from ._watched import Args, Child, Observer, make_child
 
@@ -32,6 +33,7 @@ class Registry(Collector):
         OSError EMFILE, ENFILE: out of descriptors.
         """
         self._forget = forget
+        self._owner = os.getpid()
         self._warned_of_limit = False
         super().__init__(loop, self.close)
 
@@ -206,31 +208,34 @@ class Registry(Collector):
             child.backend.modify(child.pid, child.pidfd, _reaper.ADD_PEEK if peek else 0)
             child.peek = peek
 
-    def send_signal(self, child: Child, signal: int) -> bool:
-        """Signal `child`; return False if it has ended and there is nobody to signal."""
-        if self.closed:
-            return False
-        with self._lock:
-            if child.end is not None or child.pid not in self._children:
-                return False
-            try:
-                child.backend.send_signal(child.pid, child.pidfd, signal)
-            except ProcessLookupError:  # reaped by somebody else; we shall hear of it in a moment
-                return False
-            return True
+    def send_signal(self, child: Child, signal: int, pgid: int = 0) -> str | None:
+        """Signal `child`, or the process group `pgid`, whose number the child keeps from being recycled.
 
-    def signal_group(self, child: Child, pgid: int, signal: int) -> bool:
-        """Signal the process group `pgid`, which `child` keeps from being recycled; return False if the child has ended."""
+        Return None, or why there was nobody to signal: what is to be said of the process.
+        """
         if self.closed:
-            return False
+            return self._signal_orphan(child, signal, pgid)
         with self._lock:
-            if child.end is not None or child.pid not in self._children:
-                return False
+            if self.closed:
+                return self._signal_orphan(child, signal, pgid)
+            if child.end is not None or self._children.get(child.pid) is not child:
+                return ENDED
             try:
-                child.backend.signal_group(child.pid, child.pidfd, pgid, signal)
-            except ProcessLookupError:
-                return False
-            return True
+                if pgid:
+                    child.backend.signal_group(child.pid, child.pidfd, pgid, signal)
+                else:
+                    child.backend.send_signal(child.pid, child.pidfd, signal)
+            except ProcessLookupError:  # reaped by somebody else; we shall hear of it in a moment
+                return ENDED
+            return None
+
+    def _signal_orphan(self, child: Child, signal: int, pgid: int) -> str | None:
+        if os.getpid() != self._owner:
+            return NOT_OURS
+        if child.end is not None:
+            return ENDED
+        orphan: Orphan | None = getattr(child, "orphan", None)
+        return UNKNOWN if orphan is None else orphan.signal(child.pid, pgid, signal)
 
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
@@ -242,6 +247,9 @@ class Registry(Collector):
             with contextlib.suppress(OSError):  # the reaper is closed already, by somebody else
                 self._reap()  # a batch that was interrupted: what it has reaped has ended, and its pidfds are still open
             self.closed = True
+            for child in self._children.values():
+                if not child.stranger:
+                    child.orphan = Orphan(child.pid, child.pidfd)
             children = list(self._children.values())
             left = [child.pid for child in children if not (child.peek or child.stranger)]
             left += end_births(self.births)

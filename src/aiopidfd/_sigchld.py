@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -114,6 +115,18 @@ def abandon(pids: list[int]) -> None:
                 logger.warning("child process %d outlives its loop with too many others; nobody will reap it", pid)
         _linux.install_sigchld()
         settle_abandoned()  # they may have ended before the handler was in place
+
+
+@contextlib.contextmanager
+def unabandoned(pid: int) -> Iterator[None]:
+    """Have the handler leave an abandoned child alone meanwhile, so that its number stays its own."""
+    with _lock:
+        claimed = _linux.claim_abandoned(pid)
+        try:
+            yield
+        finally:
+            if claimed:
+                abandon([pid])
 
 
 def settle_abandoned() -> None:

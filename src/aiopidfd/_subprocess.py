@@ -15,6 +15,7 @@ from ._backend import logger
 from ._births import Birth, expect_birth, kill, observe_birth, undo_birth
 from ._exit import ExitStatus
 from ._loop_link import can_nest
+from ._orphans import ENDED
 from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
 from ._registries import registry_of
 from ._registry import Registry
@@ -304,8 +305,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """
         if self._protocol is None:
             raise ProcessLookupError(f"process {self._process.pid} has ended")
-        if self._child is None or not self._registry.send_signal(self._child, signal):
-            logger.warning("signal %d not sent: process %d has ended", signal, self._process.pid)
+        obstacle = ENDED if self._child is None else self._registry.send_signal(self._child, signal)
+        if obstacle is not None:
+            logger.warning("signal %d not sent: process %d %s", signal, self._process.pid, obstacle)
 
     def terminate(self) -> None:
         """Send SIGTERM; see `send_signal`."""
@@ -339,9 +341,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         killed = True
         if self._child is not None and self._returncode is None:
             try:  # before its pipes are closed, which it might take for a reason to end by itself
-                self._registry.send_signal(self._child, 9)
+                obstacle = self._registry.send_signal(self._child, 9)
             except PermissionError:  # it runs as another user now
-                logger.warning("cannot kill process %d: it runs as another user", self._process.pid)
+                obstacle = "runs as another user"
+            except OSError as exc:  # its loop is closed, and there is no descriptor left
+                obstacle = f"cannot be reached: {exc.strerror}"
+            if obstacle not in (None, ENDED):
+                logger.warning("cannot kill process %d: it %s", self._process.pid, obstacle)
                 killed = False
         for pipe in self._pipes.values():
             if pipe.transport is not None:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from ._backend import Backend
 from ._exit import ExitStatus, Source
+from ._orphans import Orphan
 from ._reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
 from ._thief import warn_lost
 
@@ -40,6 +41,7 @@ class Child:
         "backend",
         "context",
         "end",
+        "orphan",
         "peek",
         "peekers",
         "pid",
@@ -54,6 +56,7 @@ class Child:
     peek: bool
     stranger: bool
     peekers: AbstractSet[object]  # the observers that asked for reap=False
+    orphan: Orphan  # only once the loop was closed
     context: Context | None  # what the next observer to be told is called in; None if it is one of ours
     _key: object
     _observer: Observer | None

@@ -1,0 +1,65 @@
+"""What tells a process from a later one that has got its pid.
+
+Facts that this rests on:
+
+* Since Linux 6.9 a pidfd is a file of pidfs, whose inode number is the process's own, and no other's as long as the system
+  runs. Before, all pidfds are one inode, that of every anonymous file (an eventfd's, say).
+* /proc/PID/stat tells when a process was started, in ticks of 10 ms since the boot. A pid is not used again within a tick,
+  unless somebody who may do that asks for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from typing import Optional, Union
+
+from . import _linux
+
+Identity = Optional[Union[int, bytes]]
+"""The inode number of the pidfd; where there is no such thing the time of the start; None: nothing tells."""
+
+
+def identify(pid: int, pidfd: int = -1) -> Identity:
+    """Return who has the number `pid`; None if that cannot be told, or there is nobody.
+
+    `pidfd` is a pidfd of the process, or -1: then one is opened for the moment.
+    """
+    inode = inode_of(pid, pidfd)
+    return inode if inode is not None else started_at(pid)
+
+
+def inode_of(pid: int, pidfd: int = -1) -> int | None:
+    """Return the inode number that is this process's own; None: there is none here, or there is no such process."""
+    if pidfd >= 0:
+        found = os.fstat(pidfd)
+        return None if found.st_dev == _anonymous_device() else found.st_ino
+    try:
+        pidfd = _linux.open_pidfd(pid)
+    except OSError:  # ESRCH; EMFILE, ENFILE; or pidfds are forbidden
+        return None
+    try:
+        return inode_of(pid, pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def started_at(pid: int) -> bytes | None:
+    """Return when the process was started, a zombie's too; None if /proc does not tell, or there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+@functools.lru_cache(maxsize=None)
+def _anonymous_device() -> int:
+    """Return the device of anonymous files, one of which is always open here."""
+    return os.fstat(_linux.open_sigchld()).st_dev
+
+
+def is_forbidden(exc: OSError) -> bool:
+    """Return whether `exc`, from pidfd_open, says that there are no pidfds here."""
+    return exc.errno in _linux.FORBIDDEN or exc.errno == errno.EINVAL
