@@ -54,7 +54,7 @@ def started_at(pid: int) -> bytes | None:
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _anonymous_device() -> int:
     """Return the device of anonymous files, one of which is always open here."""
     return os.fstat(_linux.open_sigchld()).st_dev

@@ -16,7 +16,6 @@ from ._registry import Registry
 from ._watched import Child
 from ._watcher import check_pid
 
-
 # What asks a process to end. One that does not, and is then killed, was hanging.
 _REQUESTS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
