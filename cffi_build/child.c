@@ -3,16 +3,18 @@
 #endif
 #include "child.h"
 
-#include <dirent.h>
+#include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdlib.h>
-#include <sys/epoll.h>
+#include <stdint.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
-#include <unistd.h>
+
+/* Python has one handler for all signals that it handles, and so have SA_SIGINFO and plain ones one address. */
+typedef void (*handler)(int);
+
+static struct sigaction kept;
+static handler pythons;
 
 unsigned long long ap_caught_signals(void)
 {
@@ -31,6 +33,58 @@ int ap_is_ignored(int signal)
 {
     struct sigaction action;
     return sigaction(signal, NULL, &action) == 0 && action.sa_handler == SIG_IGN;
+}
+
+/* Whether `address` is in a library that has a libuv of its own, as uvloop's has. */
+static int is_libuvs(handler address)
+{
+    Dl_info where, found;
+    void *library, *symbol;
+
+    if (dladdr((void *)(uintptr_t)address, &where) == 0 || where.dli_fname == NULL)
+        return 0;
+    library = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == NULL)
+        return 0;
+    symbol = dlsym(library, "uv_run"); /* which may be that of a library that this one needs */
+    (void)dlclose(library);
+    return symbol != NULL && dladdr(symbol, &found) != 0 && found.dli_fbase == where.dli_fbase;
+}
+
+/* Signals for what a program has done itself. A loop has no business with them, and libraries do: to print where it was, to
+ * translate it into an exception, to grow a stack. */
+static int is_fault(int signal)
+{
+    return signal == SIGSEGV || signal == SIGBUS || signal == SIGFPE || signal == SIGILL || signal == SIGABRT ||
+           signal == SIGTRAP || signal == SIGSYS;
+}
+
+static int is_of_loop(int signal, handler address)
+{
+    return address == pythons || (!is_fault(signal) && is_libuvs(address));
+}
+
+void ap_keep_handler(int signal)
+{
+    (void)sigaction(signal, NULL, &kept);
+}
+
+int ap_put_back_handler(int signal)
+{
+    struct sigaction now;
+
+    (void)sigaction(signal, NULL, &now);
+    pythons = now.sa_handler;
+    if (kept.sa_handler == SIG_DFL || (kept.sa_handler != SIG_IGN && is_of_loop(signal, kept.sa_handler)))
+        return 0;
+    (void)sigaction(signal, &kept, NULL);
+    return kept.sa_handler == SIG_IGN ? 2 : 1;
+}
+
+int ap_is_handler_of_loop(int signal)
+{
+    struct sigaction now;
+    return sigaction(signal, NULL, &now) == 0 && is_of_loop(signal, now.sa_handler);
 }
 
 unsigned long long ap_set_signal_mask(unsigned long long mask)
@@ -57,62 +111,4 @@ int ap_set_pdeathsig(int signal, int gate)
     if (prctl(PR_SET_PDEATHSIG, (unsigned long)signal) < 0)
         return -errno;
     return poll(&closed, 1, 0) <= 0;
-}
-
-/* Replace `fd` by a copy of `null` if it is an epoll descriptor. Returns whether it was, or -EBADF. */
-static int detach_epoll(int fd, int probe, int null)
-{
-    /* To delete what it cannot hold is the cheapest question that only an epoll descriptor answers with ENOENT. */
-    if (epoll_ctl(fd, EPOLL_CTL_DEL, probe, NULL) == 0 || errno != ENOENT)
-        return errno == EBADF ? -EBADF : 0;
-    /* Not closed, and nothing in it deleted: see the header. */
-    (void)dup3(null, fd, O_CLOEXEC);
-    return 1;
-}
-
-/* Look at each number from 0 on until `open_count` open ones were seen, if that is not far. Returns how many of those were not. */
-static long detach_low(long open_count, int probe, int null, int *ret_count)
-{
-    int fd, far = (int)open_count * 2 + 256;
-
-    for (fd = 0; open_count > 0 && fd < far; fd++) {
-        int found = detach_epoll(fd, probe, null);
-        if (found >= 0) {
-            open_count--;
-            *ret_count += found;
-        }
-    }
-    return open_count;
-}
-
-/* Look at each number that /proc lists, which takes a new process many times longer: it makes an entry of each first. */
-static int detach_listed(int probe, int null, int *ret_count)
-{
-    DIR *descriptors = opendir("/proc/self/fd");
-    struct dirent *entry;
-
-    if (descriptors == NULL)
-        return -errno;
-    while ((entry = readdir(descriptors)) != NULL)
-        if (entry->d_name[0] != '.' && detach_epoll(atoi(entry->d_name), probe, null) == 1)
-            ++*ret_count;
-    (void)closedir(descriptors);
-    return 0;
-}
-
-int ap_detach_epolls(int probe)
-{
-    int null = open("/dev/null", O_RDWR | O_CLOEXEC), err = 0, count = 0;
-    struct stat folder;
-
-    if (null < 0)
-        err = -errno;
-    /* Since Linux 6.2 its size is the number of open descriptors; before, it is 0. */
-    else if (stat("/proc/self/fd", &folder) < 0)
-        err = -errno;
-    else if (folder.st_size == 0 || detach_low(folder.st_size, probe, null, &count) > 0)
-        err = detach_listed(probe, null, &count);
-    if (null >= 0)
-        (void)close(null);
-    return err < 0 ? err : count;
 }

@@ -8,6 +8,16 @@ unsigned long long ap_caught_signals(void);
 /* Return whether `signal` is ignored. */
 int ap_is_ignored(int signal);
 
+/* Keep in mind how `signal` is handled, for the next call: signal.signal of Python is about to be called for it. */
+void ap_keep_handler(int signal);
+
+/* Learn Python's handler by `signal`, which has it now, and put back who was there at the last call if that was neither Python
+ * nor a loop nor nobody. Returns 0, 1 if it was put back, 2 if that is to ignore the signal. */
+int ap_put_back_handler(int signal);
+
+/* Return whether the handler of `signal` is Python's, which the call above has learnt, or a loop's. Any other is a C library's. */
+int ap_is_handler_of_loop(int signal);
+
 /* Block the signals in `mask` (bit n - 1 for signal n), and no others, in this thread; return which were blocked before.
  * libc keeps two for itself, which stay as they are. */
 unsigned long long ap_set_signal_mask(unsigned long long mask);
@@ -16,11 +26,5 @@ unsigned long long ap_set_signal_mask(unsigned long long mask);
  * `gate` is a socket whose other end the parent holds, and nobody else. Returns 1, or 0 if the parent had died before: its
  * descriptors are closed before its children get their signals. getppid() does not tell, between two PID namespaces. */
 int ap_set_pdeathsig(int signal, int gate);
-
-/* Cut this process off from every epoll descriptor that it inherited, without changing what its parent watches: each is
- * replaced in place by /dev/null, so that its number can neither reach the parent's epoll nor be reused under an object
- * that still knows it. `probe` is an open descriptor that can be polled and is in none of them: it tells them from others.
- * Returns how many there were. */
-int ap_detach_epolls(int probe);
 
 #endif

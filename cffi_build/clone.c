@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "clone.h"
+#include "epolls.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -93,6 +94,7 @@ int ap_fork(int flags, int *ret_pidfd)
 
     gil = PyGILState_Ensure(); /* cffi has released it */
     PyOS_BeforeFork();
+    ap_prepare_fork(); /* among the hooks that only fork(2) calls */
     pid = clone_process(clone_flags, tid, &pidfd);
     err = errno;
     if (pid == 0) {

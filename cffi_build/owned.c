@@ -37,6 +37,11 @@ void ap_own(int fd)
     (void)atomic_fetch_or(&owned[word], (uint64_t)1 << fd % WORD_BITS);
 }
 
+int ap_owns(int fd)
+{
+    return is_noted(fd) && (atomic_load_explicit(&owned[fd / WORD_BITS], memory_order_relaxed) >> fd % WORD_BITS & 1);
+}
+
 static void disown(int fd)
 {
     if (is_noted(fd))

@@ -11,14 +11,6 @@ import contextlib
 import os
 import signal
 import sys
-from _signal import (  # type: ignore[import-not-found] # not in typeshed
-    SIG_DFL,
-    SIGCHLD,
-    SIGINT,
-    default_int_handler,
-    set_wakeup_fd,
-)
-from _signal import signal as _set_handler
 from asyncio import _set_running_loop, events
 from asyncio.tasks import _leave_task, current_task
 from collections.abc import Callable
@@ -28,12 +20,12 @@ from typing import Literal, NamedTuple, NoReturn
 
 from ._child_exit import begin, finish, flush_streams, print_exception
 from ._child_loop import forget_current_loop
+from ._child_signals import reset_signals
 from ._gate import READY
-from ._linux import caught_signals, detach_epolls, is_ignored, set_pdeathsig, set_signal_mask
+from ._linux import detach_epolls, set_pdeathsig, set_signal_mask
 
 Ready = Literal["auto", "manual"]
 
-_SIGINT_BIT = 1 << signal.SIGINT - 1
 _UNKNOWN = object()
 
 # In a forked child, where to say that it is ready: the gate's descriptor; -1 once said. None: this process was not aforked.
@@ -131,21 +123,6 @@ def _clean(loop: asyncio.AbstractEventLoop, gate: int) -> None:
             forget_current_loop(policy)
         except Exception:  # a policy of somebody's
             print_exception()
-
-
-def reset_signals() -> None:
-    """Set every signal that is handled to its default, SIGINT to KeyboardInterrupt; those that are ignored stay it."""
-    # By what signal.signal calls: its enum members would cost a new process some thirty copied pages.
-    set_wakeup_fd(-1)
-    caught = caught_signals() & ~_SIGINT_BIT
-    while caught:
-        number = caught.bit_length()
-        caught -= 1 << number - 1
-        _set_handler(number, SIG_DFL)
-    if is_ignored(SIGCHLD):
-        _set_handler(SIGCHLD, SIG_DFL)  # else this child could not wait for children of its own
-    if not is_ignored(SIGINT):
-        _set_handler(SIGINT, default_int_handler)
 
 
 def settle(options: Options, gate: int, mask: int) -> None:

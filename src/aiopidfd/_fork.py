@@ -63,9 +63,9 @@ async def afork(
     """Fork this process, run `child_func` in the child, and return its handle once the child is ready.
 
     The child is a real fork: closures work, nothing is pickled, memory is shared until it is written to. It starts clean:
-    no running loop, no current task, no wakeup descriptor, every handled signal at its default (SIGINT raises
-    KeyboardInterrupt), the signal mask as it was. It may run a loop of its own, and afork in turn. It never comes back into
-    the parent's code: it ends with `child_func`.
+    no running loop, no current task, no wakeup descriptor, every signal that Python or a loop handled at its default (SIGINT
+    raises KeyboardInterrupt), the signal mask as it was. Handlers of C libraries stay. It may run
+    a loop of its own, and afork in turn. It never comes back into the parent's code: it ends with `child_func`.
 
     The child's end: None or 0..255 from `child_func` is its exit code. Anything else, and an exception, is a traceback and
     exit code 1. SystemExit does what it does in the interpreter. KeyboardInterrupt ends the child by SIGINT (-2).
@@ -142,7 +142,7 @@ def warn_of_threads(stacklevel: int = 3) -> None:
 
     Before, since a warning that a filter turns into an exception must not lose a child that exists already.
     """
-    if sys.version_info >= (3, 12) and _linux.count_threads() > 1:
+    if sys.version_info >= (3, 12) and (_linux.count_threads() or 1) > 1:
         warnings.warn(
             f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
             "Fork before threads are started.",
@@ -186,6 +186,7 @@ def _fork(
             try:
                 birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, copy_context())
                 live = partial(_child.run_to_end, partial(_child.start, birth))
+                _linux.expect_fork(gate.child_fd)
                 pid, pidfd = fork_()
                 if pid == 0:
                     live()
@@ -197,6 +198,7 @@ def _fork(
                         raise
                     gate.open()
             finally:
+                _linux.expect_fork(-1)
                 _linux.set_signal_mask(old_mask)
         except BaseException:
             kill(child)  # if it is there: interrupted as soon as signals came in again, when it is out of its gate

@@ -91,7 +91,10 @@ def _choose_fork() -> ForkServerFeatures:
     count = _linux.count_threads()
     if count == 1:
         return ForkServerFeatures("clone", False, "this process had one thread")
-    return ForkServerFeatures("os.fork", True, f"this process had {count} threads, beside which only os.fork() is safe in C")
+    threads = "an unknown number of" if count is None else count
+    return ForkServerFeatures(
+        "os.fork", True, f"this process had {threads} threads, beside which only os.fork() is safe in C"
+    )
 
 
 async def _fork_server(

@@ -33,6 +33,7 @@ from typing import Final, NamedTuple
 
 from . import _child, _child_exit, _fork, _inherited, _linux
 from ._child import Options
+from ._child_signals import reset_signals
 
 REQUEST: Final = struct.Struct("=Q")  # number
 REPLY: Final = struct.Struct("=Qii")  # number, pid or 0, errno
@@ -80,14 +81,15 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     try:
         for name in preload:
             importlib.import_module(name)
-        if _linux.count_threads() > 1:
+        if (_linux.count_threads() or 1) > 1:
             raise RuntimeError("a preloaded module has started threads, and a fork server must not have any")
     except BaseException:
         server.wire.send(REPLY.pack(0, 0, 0) + _format_exception())
         return False
-    # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker.
-    _child.reset_signals()
-    _linux.detach_epolls(server.wire.fileno())
+    # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker. The
+    # workers would share an epoll with one another. One that a fork hook makes in a worker is its own.
+    reset_signals()
+    _linux.detach_all_epolls(server.wire.fileno())
     _child_exit.flush_streams()
     server.wire.send(REPLY.pack(0, 0, 0))
     return True

@@ -270,6 +270,10 @@ def describe_sigchld() -> str:
 caught_signals: Final[Callable[[], int]] = lib.ap_caught_signals
 # Return whether a signal is ignored: 1 or 0.
 is_ignored: Final[Callable[[int], int]] = lib.ap_is_ignored
+# Whose handler a signal has. The C contracts are in cffi_build/child.h.
+keep_handler: Final[Callable[[int], None]] = lib.ap_keep_handler
+put_back_handler: Final[Callable[[int], int]] = lib.ap_put_back_handler
+is_handler_of_loop: Final[Callable[[int], int]] = lib.ap_is_handler_of_loop
 
 ALL_SIGNALS: Final = (1 << 64) - 1
 
@@ -305,8 +309,8 @@ def fork(flags: int = 0) -> tuple[int, int]:
     return pid, pidfd[0]
 
 
-def count_threads() -> int:
-    """Return how many threads this process has, those of C libraries among them.
+def count_threads() -> int | None:
+    """Return how many threads this process has, those of C libraries among them; None if there is no /proc to tell.
 
     io_uring's workers (Linux 5.12+, 5.10.162+) don't count, though the kernel lists them: they run none of the process's
     code, so they hold none of its locks. uvloop's process has one for some seconds whenever a change to its epoll met a lock
@@ -317,7 +321,9 @@ def count_threads() -> int:
     try:
         threads = os.listdir("/proc/self/task")
     except OSError as exc:
-        raise error(exc.errno or errno.EIO, "opendir(/proc/self/task)") from exc
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            raise error(exc.errno or errno.EIO, "opendir(/proc/self/task)") from exc
+        return None  # ENOENT: no /proc, or that of a PID namespace that this process is not in; EACCES: a sandbox
     return 1 if len(threads) == 1 else sum(not _is_uring_worker(thread) for thread in threads)
 
 
@@ -329,16 +335,27 @@ def _is_uring_worker(thread: str) -> bool:
         return False
 
 
-# Looked up here: what cffi makes at the first use of a function, each forked child would make anew.
+# The C contracts are in cffi_build/epolls.h. Looked up here: what cffi makes at the first use of a function, each forked
+# child would make anew.
+expect_fork: Final[Callable[[int], None]] = lib.ap_expect_fork
 _detach_epolls: Final = lib.ap_detach_epolls
+
+if lib.ap_hook_forks() < 0:
+    raise MemoryError
 
 
 def detach_epolls(probe: int) -> int:
     """Replace every inherited epoll descriptor of this process by /dev/null; return how many there were.
 
-    `probe` is a descriptor that can be polled and is in none of them.
+    One that a fork hook has made in this process stays. `probe` is a descriptor that can be polled and is in none of them.
     """
     count = _detach_epolls(probe)
     if count < 0:
-        raise error(-count, "opendir(/proc/self/fd)")
+        raise error(-count, "noting epoll descriptors")
     return count
+
+
+def detach_all_epolls(probe: int) -> int:
+    """Do so with every epoll descriptor that this process has, wherever it has it from."""
+    lib.ap_note_epolls(probe)
+    return detach_epolls(probe)
