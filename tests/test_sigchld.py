@@ -109,6 +109,22 @@ async def test_handler_comes_with_the_first_child_and_goes_with_the_last() -> No
         assert describe_sigchld() == "SIG_DFL"
 
 
+async def test_child_that_was_dead_before_it_was_watched_is_reported_without_a_check(no_checks: None) -> None:
+    with one_held() as child:
+        child.end_unreaped(3)
+        assert (await asyncio.wait_for(wait(child.pid), 10)).returncode == 3
+
+
+async def test_zombie_that_was_left_and_then_is_to_be_reaped_is_reported_without_a_check(no_checks: None) -> None:
+    """The first observer leaves the zombie; the second one, which comes before the first is told, does not."""
+    registry, told = registry_of(asyncio.get_running_loop()), asyncio.get_running_loop().create_future()
+    with one_held() as child:
+        child.end_unreaped(3)
+        registry.observe(child.pid, "leaves it", lambda status: None, reap=False)
+        registry.observe(child.pid, "reaps it", told.set_result)
+        assert (await asyncio.wait_for(told, 10)).source == "reaped"
+
+
 async def test_handler_goes_with_the_last_observer() -> None:
     with one_held() as child:
         watcher = PidfdWatcher()
