@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -91,3 +92,11 @@ async def test_end_of_input_can_be_written() -> None:
     process.stdin.write_eof()
     assert await process.stdout.read() == b"x"
     assert await process.wait() == 0
+
+
+async def test_no_call_on_a_pipe_can_stand_still() -> None:
+    """A loop may be told that a pipe is readable when nothing is there: another process that has it may have been faster."""
+    process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    pipes = [process._transport.get_pipe_transport(number) for number in range(3)]  # type: ignore[attr-defined]
+    assert [os.get_blocking(pipe.get_extra_info("pipe").fileno()) for pipe in pipes] == [False] * 3
+    await talk(process, b"")
