@@ -59,6 +59,7 @@ static const struct rule rules[] = {
     {"clone3", NR_CLONE3, 0, 0, 0},
     {"close_range", NR_CLOSE_RANGE, 0, 0, 0}, /* Linux 5.9 */
     {"clone_pidfd", SYS_clone, 0, 0x1000, 0x1000}, /* CLONE_PIDFD by the old call, Linux 5.2 */
+    {"epoll_add", SYS_epoll_ctl, 1, 0xFFFFFFFF, 1}, /* EPOLL_CTL_ADD */
     {"io_uring_setup", NR_IO_URING_SETUP, 0, 0, 0},
 };
 
@@ -67,7 +68,7 @@ static const struct {
     uint32_t code;
 } errnos[] = {
     {"EACCES", EACCES}, {"EAGAIN", EAGAIN}, {"EINVAL", EINVAL}, {"EMFILE", EMFILE}, {"ENFILE", ENFILE}, {"ENOMEM", ENOMEM},
-    {"ENOSYS", ENOSYS}, {"ENOTTY", ENOTTY}, {"EPERM", EPERM},   {"ESRCH", ESRCH},
+    {"ENOSPC", ENOSPC}, {"ENOSYS", ENOSYS}, {"ENOTTY", ENOTTY}, {"EPERM", EPERM},   {"ESRCH", ESRCH},
 };
 
 enum { RULE_LENGTH = 6, MAX_RULES = 32, MAX_LENGTH = 4 + MAX_RULES * RULE_LENGTH };

@@ -118,7 +118,7 @@ def test_interrupt_at_any_place_leaves_nothing(loop_factory: LoopFactory) -> Non
         await_no_children(where)
         places.add(where)
         place += 1
-    assert place > 200
+    assert place > 100
     assert any(where.startswith("spawn,") for where in places)
     assert any(where.startswith("observe_birth,") for where in places)
 

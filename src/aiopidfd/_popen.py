@@ -7,6 +7,7 @@ its methods. They must see what is started, as they do on asyncio's loops; so th
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from types import BuiltinFunctionType, FunctionType
@@ -53,7 +54,7 @@ def is_plain() -> bool:
         fork = _GLOBALS["_fork_exec"]
     else:
         fork = _GLOBALS["_posixsubprocess"].fork_exec
-    return type(fork) is BuiltinFunctionType and "__new__" not in methods
+    return type(fork) is type(os.posix_spawn) is BuiltinFunctionType and "__new__" not in methods
 
 
 def popen(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:

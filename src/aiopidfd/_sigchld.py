@@ -167,7 +167,12 @@ class SigchldBackend(Backend):
             ended = _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except OSError as exc:
             self.remove(pid, -1)
-            started = _start_time(pid)
+            try:
+                started = _start_time(pid)
+            except OSError:  # EMFILE, ENFILE; no child of ours it is in any case
+                if not flags & _reaper.ADD_CHECK_CHILD:
+                    raise
+                started = b""
             if started is None:  # ended and reaped, or never there
                 raise _linux.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
             if flags & _reaper.ADD_CHECK_CHILD:
