@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import subprocess
 import time
 import warnings
@@ -145,10 +146,25 @@ def test_without_pidfds_it_is_the_start_that_tells(loop_factory: LoopFactory, mo
 
 
 def test_forked_process_does_not_signal_its_parents_child(loop_factory: LoopFactory, capfd: Any) -> None:
-    """The loop was closed before the fork, or is the parent's."""
+    """The loop was closed before the fork, or is the parent's. Who is alive answers, and who was killed never will."""
+    pipes: list[socket.socket] = []
+
+    async def start_answering() -> aiopidfd.AbstractChildProcess:
+        ours, theirs = socket.socketpair()
+        pipes.append(ours)
+        with theirs:
+
+            def answer() -> None:
+                theirs.send(theirs.recv(1))
+                wait_for_signal()
+
+            child = await aiopidfd.afork(answer, start_new_session=True)
+        child.detach()
+        return child
+
     loop = loop_factory()
-    child = run(loop_factory, start_child)
-    other = loop.run_until_complete(start_child())
+    child = run(loop_factory, start_answering)
+    other = loop.run_until_complete(start_answering())
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -160,10 +176,10 @@ def test_forked_process_does_not_signal_its_parents_child(loop_factory: LoopFact
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
-    time.sleep(0.05)
-    for handle in (child, other):
-        os.kill(handle.pid, 0)
-        assert os.waitid(os.P_PID, handle.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    for ours in pipes:
+        with ours:
+            ours.send(b"x")
+            assert ours.recv(1) == b"x"
     loop.close()
     for handle in (child, other):
         handle.kill()

@@ -102,14 +102,26 @@ def check_now() -> None:
 # Exits of others
 
 
-async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(no_checks: None, scans: list[int]) -> None:
+async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(
+    no_checks: None, scans: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with held(2) as ours, held(20) as foreign:
         tasks = await watch(*ours)
+        looks: list[bool] = []
+        begin_look = _sigchld.SigchldBackend.begin_look
+
+        def note(self: _sigchld.SigchldBackend, number: float) -> bool:
+            looks.append(begin_look(self, number))
+            return looks[-1]
+
+        monkeypatch.setattr(_sigchld.SigchldBackend, "begin_look", note)
         for child in foreign:
             child.end_unreaped(0)
             os.waitpid(child.pid, 0)
             await drain()
-        await asyncio.sleep(2 * _sigchld._LOOK_DELAY_S)
+        while True not in looks:
+            await asyncio.sleep(0.01)
+        await drain()
         assert scans == []
         for child, task in zip(ours, tasks):
             child.end(1)

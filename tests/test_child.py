@@ -349,7 +349,8 @@ def test_output_is_written_once(tmp_path: Any) -> None:
         "asyncio.run(main())\n"
     )
     with open(tmp_path / "out", "w+", encoding="ascii") as out:
-        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+        buffering = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, env=buffering)
         out.seek(0)
         assert out.read() == "parent\nchild\n"
 

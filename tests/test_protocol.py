@@ -221,3 +221,28 @@ def test_transport_that_is_dropped_unclosed_warns(loop_factory: LoopFactory) -> 
     assert [w for w in caught if f"unclosed transport <SubprocessTransport pid={pid}" in str(w.message)]
     run_on(loop_factory, shell_output("echo"))
     assert_reaped(pid)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limits"),
+    [
+        ({}, (16384, 65536)),
+        ({"high": 1000}, (250, 1000)),
+        ({"low": 1000}, (1000, 4000)),
+        ({"high": 5000, "low": 5000}, (5000, 5000)),
+        ({"high": 0}, (0, 0)),
+    ],
+)
+async def test_write_buffer_limits_follow_from_each_other_as_in_asyncio(
+    asked: dict[str, int], limits: tuple[int, int]
+) -> None:
+    process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE)
+    assert process.stdin is not None
+    transport: Any = process.stdin.transport
+    transport.set_write_buffer_limits(**asked)
+    found = transport.get_write_buffer_limits()
+    with pytest.raises(ValueError, match="must be >= low"):
+        transport.set_write_buffer_limits(high=1, low=2)
+    process.stdin.close()
+    await process.wait()
+    assert found == limits
