@@ -1,4 +1,4 @@
-"""A signal that hits a program before it is one: its parent's handlers must not run, as they would in its parent's memory."""
+"""A signal that hits a program before it is one: its parent must not run its handlers in there, in the memory of both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(aiopidfd.features().spawn, aiopidfd.run(main(), loop_factory=aiopidfd.Sele
 
 @pytest.mark.parametrize("refused", ["io_uring_setup", "clone3"])
 def test_signal_to_a_child_before_it_runs_its_program_ends_it_and_calls_no_handler(refused: str) -> None:
-    """By clone3, which clears all handlers, and by clone, where the child does that itself. The first filter is no matter."""
+    """By clone3, which clears all handlers, and by clone, where the child does that itself. Both filters allow the rest."""
     library = str(compile_c("raises.c", "-shared", "-fPIC"))
     preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
     done = under_filter(refused, [sys.executable, "-c", _START], env={**os.environ, "LD_PRELOAD": preload})
