@@ -29,6 +29,10 @@ from ._watched import Child
 _REFUSED = _linux.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
 
 
+Workers = dict[object, "tuple[asyncio.Future[ExitStatus], Child]"]
+"""Those that have not ended, by what hears of their end: their handles may be dropped."""
+
+
 class ForkServer:
     """A small process with one thread that forks workers for this one.
 
@@ -51,7 +55,8 @@ class ForkServer:
     standard streams and, with "fork", other files and folders, as one that logging writes to. Workers get the rest by
     `pass_fds`.
 
-    The server ends with this object, at the latest with this process. Workers live on; the server may be killed, too.
+    The server ends with this object or its loop, at the latest with this process. Workers live on; the server may be killed,
+    too.
     """
 
     _link: Link | None = None  # until the server is started: a constructor that fails has nothing to warn of
@@ -85,16 +90,17 @@ class ForkServer:
         self._features: ForkServerFeatures | None = None
         self._server: AbstractChildProcess | None = None
         self._closed = False
-        self._workers: dict[object, tuple[asyncio.Future[ExitStatus], Child]] = {}
+        self._workers: Workers = {}
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "not started" if self._features is None else self._features.made_by
         return f"<ForkServer pid={self.pid} {state}>"
 
     def __del__(self) -> None:
-        if self._link is not None and not self._closed and self._link.lost is None:
+        link = self._link
+        if link is not None and not self._closed and (link.lost is None or link.is_orphaned):
             warnings.warn(f"{self!r} was dropped; close() it, or use async with", ResourceWarning, source=self, stacklevel=2)
-            self._link.finish()
+            link.drop()
 
     async def __aenter__(self) -> ForkServer:
         """Start the server.
@@ -170,14 +176,14 @@ class ForkServer:
         self._check_usable(loop)
         if self.features.made_by == "none":
             child = await afork(functools.partial(child_func, *args), **options._asdict())
-            self._remember(child)
+            _remember(self._workers, child)
             return child
         has_main = self._method == "fork" or "__main__" in self._preload
         body = pickle_call(child_func, args, has_main=has_main)
         link = await self._live_link(loop)
         request = link.take() if not fds else Request(loop, fds)
         try:
-            request.order(body, options, self._remember)
+            request.order(body, options, functools.partial(_remember, self._workers))
             if fds:
                 link.submit(request)
             link.stock()
@@ -197,7 +203,7 @@ class ForkServer:
         """
         self._closed = True
         link, server = self._link, self._server
-        if link is not None and server is not None:
+        if link is not None and server is not None and not link.is_orphaned:
             reason = OSError(errno.ESHUTDOWN, f"the fork server (pid {server.pid}) is closed")
             link.finish()
             try:
@@ -219,7 +225,7 @@ class ForkServer:
         else:
             try:
                 server, wire, features = await launch(loop, self._method, self._preload, stacklevel=stacklevel)
-                link = Link(loop, wire)
+                link = Link(loop, wire, server)
             except OSError as exc:
                 if exc.errno not in _REFUSED:
                     raise
@@ -251,12 +257,6 @@ class ForkServer:
         if loop is not self._loop:
             raise RuntimeError("the fork server belongs to another event loop")
 
-    def _remember(self, worker: AbstractChildProcess) -> None:
-        """Know a worker until it ends, by other means than its handle, which may be dropped."""
-        end = worker._end
-        self._workers[end] = (end.future, worker._child)
-        end.future.add_done_callback(lambda _: self._workers.pop(end, None), context=Context())
-
     async def _stop_workers(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
         registry = registry_of(loop)
         for sig in (signal.SIGTERM, signal.SIGKILL):
@@ -265,6 +265,13 @@ class ForkServer:
                 registry.send_signal(child, sig)
             if workers:
                 await asyncio.wait([end for end, _ in workers], timeout=grace if sig == signal.SIGTERM else None)
+
+
+def _remember(workers: Workers, worker: AbstractChildProcess) -> None:
+    """Know a worker until it ends. Not by way of the server, which may be dropped before."""
+    end = worker._end
+    workers[end] = (end.future, worker._child)
+    end.future.add_done_callback(lambda _: workers.pop(end, None), context=Context())
 
 
 async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:

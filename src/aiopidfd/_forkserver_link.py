@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import errno
 import socket
+import weakref
 from collections import deque
 
 from . import _fork
+from ._forkserver_end import LastResort
 from ._forkserver_main import REPLY
 from ._forkserver_request import Request
-from ._loop_link import add_reader
+from ._loop_link import LoopLink
+from ._process import AbstractChildProcess
+from ._sigchld import settle_abandoned
 
 # How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
 # with their replies, fit into the sockets' buffers, so that neither side ever waits for the other to read.
@@ -23,7 +27,7 @@ _READ_SIZE = 65536
 class Link:
     """The parent's end of the wire to one fork server."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, wire: socket.socket) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, wire: socket.socket, server: AbstractChildProcess) -> None:
         """Take over `wire`, a connected socket."""
         self._loop = loop
         self._wire = wire
@@ -34,9 +38,12 @@ class Link:
         self.spare: Request | None = None
         self.closing = False
         self.lost: OSError | None = None
+        self.is_orphaned = False  # lost since the loop was closed, or is gone
+        self._registry = server._registry
+        self._last_resort = LastResort(server)
         self.greeting: asyncio.Future[str | OSError] = loop.create_future()  # what the server tells at its start
         wire.setblocking(False)
-        add_reader(loop, wire.fileno(), self._read)
+        self._loop_link = LoopLink(weakref.ref(loop), wire.fileno(), self._read, self._lose_loop)
 
     def take(self) -> Request:
         """Return a request that waits for its order: one whose worker is there already, if it can be."""
@@ -82,7 +89,7 @@ class Link:
             raise OSError(errno.ESHUTDOWN, "the fork server is being closed")
 
     def _send(self) -> None:
-        while self._unsent and len(self._in_flight) < WINDOW and self.lost is None:
+        while self._unsent and len(self._in_flight) < WINDOW and not self._at_end:
             request = self._unsent[0]
             if not request.outcome.done():
                 number = self._number + 1
@@ -108,6 +115,8 @@ class Link:
 
     def _read_one(self) -> bool:
         """Take one reply; return False if there is none."""
+        if self._at_end:
+            return False
         try:
             reply, fds, _, _ = socket.recv_fds(self._wire, _READ_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
@@ -116,9 +125,9 @@ class Link:
             # ECONNRESET: the server has died with requests unread. It is told once, and before what the server has written.
             return True
         if not reply:
-            if not self._at_end:
-                self._at_end = True
-                self._loop.remove_reader(self._wire.fileno())
+            self._at_end = True
+            self._loop.remove_reader(self._wire.fileno())
+            self._close_wire()
             return False
         number, pid, code = REPLY.unpack(reply[: REPLY.size])
         # Without a descriptor in spite of code 0 we had no room for one (MSG_CTRUNC), or the server could not send it: then
@@ -139,6 +148,38 @@ class Link:
         with contextlib.suppress(OSError):  # ENOTCONN: it has ended already
             self._wire.shutdown(socket.SHUT_WR)
 
+    def drop(self) -> None:
+        """End the server, in any thread: nobody can ask for a worker any more."""
+        if self.lost is not None:
+            return
+        if self._loop.is_running():
+            self._loop_link.call(self.finish)
+        else:  # it may never run again
+            self._end_now()
+            self._registry.collect()
+
+    def _lose_loop(self) -> None:
+        """Leave nothing behind: the loop is closed, or gone, and nobody will hear of the server or its workers any more."""
+        if self.lost is None and not self._at_end:
+            self.is_orphaned = True
+            self._end_now()
+            settle_abandoned()  # of which the registry has made those processes, unless it does so only now
+
+    def _end_now(self) -> None:
+        """Kill the server and the worker without an order, and return when they are zombies."""
+        self.closing = self._at_end = True
+        self.lost = OSError(errno.ESHUTDOWN, "the fork server was dropped, or its loop closed")
+        if not self.is_orphaned:
+            self._loop.remove_reader(self._wire.fileno())
+        self._close_wire()
+        for request in {*self._in_flight.values(), *([self.spare] if self.spare else [])}:
+            request.end_now(is_orphaned=self.is_orphaned)
+        self._last_resort.end()
+
+    def _close_wire(self) -> None:
+        _fork.forget_gate(self._wire)
+        self._wire.close()
+
     def lose(self, reason: OSError) -> None:
         """Know that the server has ended. Requests that it has not done fail; workers that it has made are found."""
         if self.lost is not None:
@@ -146,9 +187,11 @@ class Link:
         while self._read_one():
             pass
         self.lost = reason
-        self._loop.remove_reader(self._wire.fileno())
-        _fork.forget_gate(self._wire)
-        self._wire.close()
+        self._last_resort.close()
+        if not self._at_end:
+            self._at_end = True
+            self._loop.remove_reader(self._wire.fileno())
+            self._close_wire()
         if not self.greeting.done():
             self.greeting.set_result(reason)
         for request in (*self._in_flight.values(), *self._unsent):

@@ -16,6 +16,7 @@ from typing import Union
 from . import _fork, _linux
 from ._child import Options
 from ._fork import ChildStartError
+from ._forkserver_end import LastResort
 from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
 from ._gate import READY
 from ._loop_link import add_reader, add_writer
@@ -53,6 +54,7 @@ class Request:
         self._pid = 0
         self._lost: OSError | None = None
         self._abandoned = False
+        self._last_resort: LastResort | None = None  # while nobody has ordered anything of the worker
         self.failure = ""  # the traceback, if the worker has told one
         self.outcome: asyncio.Future[Outcome] = loop.create_future()
         self.ready: asyncio.Future[bool] = loop.create_future()  # True, or False if it never will be
@@ -66,6 +68,7 @@ class Request:
         self._unwritten.extend(memoryview(part) for part in ([head + body] if len(body) < 4000 else [head, body]))
         if self.outcome.done():
             self._let_out(self.outcome.result(), options)
+        self._give_up_last_resort()
         self._write()
 
     @property
@@ -186,6 +189,8 @@ class Request:
             worker.detach()  # until somebody else has its handle
             if self._abandoned:
                 _fork.kill(worker)
+            elif self._options is None:
+                self._last_resort = LastResort(worker)
         if self._options is not None:
             self._let_out(worker, self._options)
             self._write()
@@ -277,13 +282,32 @@ class Request:
             self.outcome.add_done_callback(lambda _: self._close())
 
     def _close(self) -> None:
-        if self._gate is not None:
-            self._loop.remove_reader(self._gate.fileno())
-            if self._is_writer:
-                self._loop.remove_writer(self._gate.fileno())
-            _fork.forget_gate(self._gate)
-            self._gate.close()
-            self._gate = None
+        self._give_up_last_resort()
+        self._close_gate(is_orphaned=False)
+
+    def _close_gate(self, *, is_orphaned: bool) -> None:
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            if not is_orphaned:
+                self._loop.remove_reader(gate.fileno())
+                if self._is_writer:
+                    self._loop.remove_writer(gate.fileno())
+            _fork.forget_gate(gate)
+            gate.close()
+
+    def _give_up_last_resort(self) -> None:
+        if self._last_resort is not None:
+            self._last_resort.close()
+            self._last_resort = None
+
+    def end_now(self, *, is_orphaned: bool) -> None:
+        """Kill a worker without an order, and return when it is a zombie; another one loses its gate.
+
+        `is_orphaned`: the loop is closed, or gone.
+        """
+        self._close_gate(is_orphaned=is_orphaned)
+        if self._last_resort is not None:
+            self._last_resort.end()
 
 
 def _nobody(worker: AbstractChildProcess) -> None:

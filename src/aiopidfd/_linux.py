@@ -247,6 +247,13 @@ def close_owned(fd: int) -> None:
     lib.ap_close_owned(fd)
 
 
+def dup_owned(fd: int) -> int:
+    """Return a copy of a descriptor, to be closed by `close_owned`. EBADF; EMFILE: out of descriptors."""
+    copy = os.dup(fd)
+    lib.ap_own(copy)
+    return copy
+
+
 # In a forked child: close the copies of what is owned, and put SIGCHLD back. Neither this nor the next few are functions of
 # Python's, whose pages a newly forked child would have to copy.
 let_go: Final[Callable[[], None]] = lib.ap_let_go
