@@ -138,7 +138,8 @@ async def test_worker_holds_no_socket_of_a_server_or_of_another_worker(pidfds: N
     read, write = os.pipe()
     async with ForkServer() as other, ForkServer() as server:
         starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
-        await asyncio.sleep(0.05)
+        while len(_fork._gates) < 5:
+            await asyncio.sleep(0)
         ours = {f"socket:[{os.fstat(gate.fileno()).st_ino}]" for gate in _fork._gates}
         seen = await ask(server, "descriptors")
         os.write(write, b"x")
@@ -424,7 +425,8 @@ async def test_cancellation_ends_and_reaps_the_worker() -> None:
     async with fork_server() as server:
         before = await others(server)
         starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
-        await asyncio.sleep(0.05)
+        while await others(server) == before:
+            await asyncio.sleep(0)
         starting.cancel()
         await asyncio.sleep(0)
         starting.cancel()
