@@ -1,7 +1,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <Python.h>
+#include "live_child.h"
 
 #include "clone.h"
 #include "epolls.h"
@@ -75,7 +75,7 @@ static long clone_process(uint64_t flags, int *tid, int *pidfd)
     return pid;
 }
 
-int ap_fork(int flags, int *ret_pidfd)
+int ap_fork(int flags, unsigned long long live, int gate, unsigned long long mask, int *ret_pid, int *ret_pidfd)
 {
     /* As in a child of fork: the C library's cached thread ID is the child's. */
     uint64_t clone_flags = CLONE_PIDFD | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
@@ -100,13 +100,13 @@ int ap_fork(int flags, int *ret_pidfd)
     if (pid == 0) {
         (void)syscall(SYS_set_robust_list, robust_list, robust_size); /* the kernel forgets it, and glibc's fork restores it */
         PyOS_AfterFork_Child();
-    } else
-        PyOS_AfterFork_Parent();
-    PyGILState_Release(gil);
-
-    if (pid < 0)
-        return -err;
-    if (pid > 0)
+        ap_live_child((PyObject *)(uintptr_t)live, gate, mask);
+    }
+    if (pid > 0) {
+        *ret_pid = (int)pid;
         *ret_pidfd = pidfd;
-    return (int)pid;
+    }
+    PyOS_AfterFork_Parent();
+    PyGILState_Release(gil);
+    return pid < 0 ? -err : 0;
 }

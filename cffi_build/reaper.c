@@ -102,15 +102,6 @@ long long ap_reaper_open_gate(int reaper, int number)
     return (long long)ends[0] << 32 | ends[1];
 }
 
-int ap_reaper_let_out(int reaper, int pid, int gate)
-{
-    int pidfd = ap_reaper_add(reaper, pid, 0);
-
-    if (pidfd >= 0)
-        (void)send(gate, "g", 1, MSG_NOSIGNAL); /* EPIPE: killed already; its end is on the way to us */
-    return pidfd;
-}
-
 int ap_reaper_modify(int reaper, int pid, int pidfd, int flags)
 {
     struct epoll_event event = interest(pid, pidfd, flags);

@@ -41,9 +41,6 @@ int ap_reaper_add_wake(int reaper, int fd);
  * Returns ours << 32 | the child's; close them by ap_close_owned and close. */
 long long ap_reaper_open_gate(int reaper, int number);
 
-/* Do what ap_reaper_add does for a newly forked child, then let it out of its gate: it cannot be reaped before. */
-int ap_reaper_let_out(int reaper, int pid, int gate);
-
 /* Let go of a pidfd and close it. It is closed even if the reaper did not hold it. */
 void ap_reaper_remove(int reaper, int pidfd);
 

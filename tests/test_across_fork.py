@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ChildStartError, _fork, _registries, _sigchld, afork
+from aiopidfd import ChildStartError, _linux, _registries, _sigchld, afork
 
 from .conftest import LoopFactory, run_on
 from .seccomp import compile_c
@@ -40,9 +40,7 @@ def held_by_another_thread(lock: Any) -> Any:
         thread.join()
 
 
-@pytest.mark.parametrize(
-    "lock", [_registries._lock, _sigchld._lock, _fork._fork_lock], ids=["registries", "sigchld", "fork"]
-)
+@pytest.mark.parametrize("lock", [_registries._lock, _sigchld._lock], ids=["registries", "sigchld"])
 def test_lock_held_by_another_thread_is_free_in_a_forked_child(lock: Any, loop_factory: LoopFactory) -> None:
     async def fork_once() -> int:
         async with await afork(lambda: 0) as child:  # so that the hooks are in place
@@ -90,38 +88,62 @@ def test_lock_in_c_held_by_another_thread_is_free_in_a_forked_child() -> None:
     assert (done.stdout, done.stderr) == ("7\n", "")
 
 
-class NoticedLock:
-    """A lock that tells who is about to take it."""
+async def test_lock_of_forks_held_by_another_thread_is_free_in_a_forked_child(loop_factory: LoopFactory) -> None:
+    forks, done = threading.Event(), threading.Event()
+    real_fork = os.fork
 
-    def __init__(self, lock: Any, notice: Any) -> None:
-        self._lock, self._notice = lock, notice
+    def fork() -> int:
+        forks.set()
+        done.wait()
+        return real_fork()
 
-    def __enter__(self) -> None:
-        self._notice()
-        self._lock.acquire()
+    async def fork_once() -> int:
+        return await (await afork(lambda: 3)).wait()
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def fork_in_child() -> int:
+        os.fork = real_fork
+        signal.alarm(10)  # ends who waits for a lock that nobody will ever release
+        return run_on(loop_factory, fork_once())  # type: ignore[no-any-return]
+
+    assert await fork_once() == 3  # so that the hooks are in place
+    codes: list[int] = []
+    os.fork = fork
+    thread = threading.Thread(target=lambda: codes.append(run_on(loop_factory, fork_once())))
+    try:
+        thread.start()
+        forks.wait()
+        pid = real_fork()
+        if pid == 0:
+            try:
+                os._exit(fork_in_child())
+            finally:
+                os._exit(2)
+    finally:
+        os.fork = real_fork
+        done.set()
+        thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert codes == [3]
 
 
 def test_forks_of_two_threads_take_turns(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each child would hold the other one's gate. The first fork goes on when the second one is in line, or forks."""
     first_forks, second_has_come, second_forks = threading.Event(), threading.Event(), threading.Event()
-    real_fork, overlapped = _fork.fork, []
+    real_fork, real_fork_child, overlapped = os.fork, _linux.fork_child, []
 
-    def fork() -> tuple[int, int]:
+    def fork() -> int:
         if first_forks.is_set():
             second_forks.set()
-            second_has_come.set()
         else:
             first_forks.set()
             assert second_has_come.wait(30)
-            overlapped.append(second_forks.is_set())
+            overlapped.append(second_forks.wait(0.2))  # it has nothing else to do but to fork
         return real_fork()
 
-    def notice() -> None:
+    def fork_child(*args: Any) -> None:
         if first_forks.is_set():
             second_has_come.set()
+        real_fork_child(*args)
 
     async def fork_and_wait() -> int:
         return await (await afork(lambda: 3)).wait()
@@ -132,8 +154,8 @@ def test_forks_of_two_threads_take_turns(loop_factory: LoopFactory, monkeypatch:
         first_forks.wait()
         codes.append(run_on(loop_factory, fork_and_wait()))
 
-    monkeypatch.setattr(_fork, "fork", fork)
-    monkeypatch.setattr(_fork, "_fork_lock", NoticedLock(_fork._fork_lock, notice))
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(_linux, "fork_child", fork_child)
     second = threading.Thread(target=run_second)
     second.start()
     codes.append(run_on(loop_factory, fork_and_wait()))
@@ -144,17 +166,17 @@ def test_forks_of_two_threads_take_turns(loop_factory: LoopFactory, monkeypatch:
 
 async def test_signal_at_the_birth_of_a_child_is_not_heeded_before_it_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends the child, as it does a moment later: the parent's handler must not run in there."""
-    real_fork = _fork.fork
+    real_fork = os.fork
     heeded_read, heeded = os.pipe()
 
-    def fork() -> tuple[int, int]:
-        pid, pidfd = real_fork()
+    def fork() -> int:
+        pid = real_fork()
         if pid == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return pid, pidfd
+        return pid
 
     before = signal.signal(signal.SIGUSR1, lambda *_: os.write(heeded, b"x"))
-    monkeypatch.setattr(_fork, "fork", fork)
+    monkeypatch.setattr(os, "fork", fork)
     try:
         with pytest.raises(ChildStartError) as caught:
             await afork(lambda: 0)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ForkServer, _linux, afork
+from aiopidfd import ForkServer, afork
+from aiopidfd._ext import lib
 
 from .conftest import LOOPS, open_descriptors
 from .seccomp import compile_c
@@ -141,7 +142,13 @@ async def test_plain_fork_finds_the_epolls_as_they_were() -> None:
 
 async def test_without_hooks_of_ours_all_are_detached(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork that calls no hooks of C: as all that there is may be the parent's, all of it is detached."""
-    monkeypatch.setattr(_linux, "expect_fork", lambda probe: None)
+    real_fork = os.fork
+
+    def fork() -> int:
+        lib.ap_expect_fork(-1)
+        return real_fork()
+
+    monkeypatch.setattr(os, "fork", fork)
     with contextlib.closing(select.epoll()) as epoll:
         assert await ask(lambda: os.readlink(f"/proc/self/fd/{epoll.fileno()}")) == "/dev/null"
 

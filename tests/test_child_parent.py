@@ -79,7 +79,7 @@ async def test_pdeathsig_of_a_parent_that_has_died_since_its_fork_server_forked(
         async def main() -> None:
             _outlive_parent(monkeypatch, write)
             async with fork_server() as server:
-                await server.afork(wait_for_signal, pdeathsig=signal.SIGTERM)
+                await server.afork(wait_for_signal, pdeathsig=signal.SIGTERM, pass_fds=[write])
 
         asyncio.run(main())
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,7 +25,6 @@ from aiopidfd import (
     notify_ready,
 )
 from aiopidfd._gate import READY
-from aiopidfd._linux import set_signal_mask
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
 
@@ -160,43 +159,6 @@ async def test_child_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyP
         await afork(wait_for_signal)
 
 
-async def test_interrupt_when_signals_come_in_again_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has waited for that: the child is out of its gate by then, and nobody has its handle."""
-    gates: list[int] = []
-
-    def set_mask(mask: int) -> int:
-        old = set_signal_mask(mask)
-        if mask != _linux.ALL_SIGNALS and children():  # in the parent, after the fork
-            gates.extend(gate.fd for gate in registry_of(asyncio.get_running_loop()).gates._gates.values())
-            raise KeyboardInterrupt
-        return old
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_linux, "set_signal_mask", set_mask)
-        with pytest.raises(KeyboardInterrupt):
-            await afork(wait_for_signal)
-    (gate,) = gates
-    low = os.pipe()
-    read, write = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 200) for fd in low]
-    for fd in low:
-        os.close(fd)
-    os.dup2(read, gate, inheritable=False)  # the number is somebody else's now
-    os.set_blocking(gate, False)
-    os.write(write, b"x")
-    for _ in range(500):
-        if children():
-            await asyncio.sleep(0.01)
-    await asyncio.sleep(0)
-    try:
-        assert children() == set()
-        assert os.read(gate, 1) == b"x"
-    finally:
-        for pid in children():
-            os.kill(pid, signal.SIGKILL)
-        for fd in (read, write, gate):
-            os.close(fd)
-
-
 async def test_cancellation_ends_and_reaps_the_child() -> None:
     starting = asyncio.ensure_future(afork(wait_for_signal, ready="manual"))
     await asyncio.sleep(0)
@@ -232,9 +194,12 @@ async def test_word_that_is_unread_at_the_end_of_the_child_counts() -> None:
     loop = asyncio.get_running_loop()
     gates = registry_of(loop).gates
     for word in (READY, b""):
-        gate = gates.open(loop)
-        os.write(gate.child_fd, word)
-        os.close(gate.child_fd)
+        gate = gates.make(loop)
+        ours, childs = socket.socketpair()
+        ours.setblocking(False)
+        gate.struct.gate = ours.detach()
+        with childs:
+            childs.send(word)
         gate.hear_end(None)
         assert gate.said.result() is bool(word)
         gates.close(gate)
@@ -349,7 +314,7 @@ async def test_gate_has_one_holder_on_either_side() -> None:
     starting = asyncio.ensure_future(afork(wait_for_signal, ready="manual"))
     await asyncio.sleep(0)
     (gate,) = registry_of(asyncio.get_running_loop()).gates._gates.values()
-    inode = os.fstat(gate.fd).st_ino
+    inode = os.fstat(gate.struct.gate).st_ino
 
     def look() -> int:
         return any(os.fstat(int(fd)).st_ino == inode for fd in os.listdir("/proc/self/fd") if _is_open(int(fd)))

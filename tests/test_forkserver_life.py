@@ -25,6 +25,7 @@ from aiopidfd import (
     ChildStartError,
     ForkServer,
     PosixChildProcess,
+    _fork,
     _linux,
     _pickling,
 )
@@ -362,14 +363,13 @@ async def test_nobody_can_steal_the_workers_of_a_server_without_exit_signal(pidf
 async def test_where_clone_is_refused_there_is_a_clear_error_or_the_fallback(
     pidfds: None, monkeypatch: pytest.MonkeyPatch, code: int, where: str
 ) -> None:
-    fork = _linux.fork
+    def refuse(*args: Any) -> Any:
+        raise _linux.error(code, "clone(CLONE_PIDFD)")
 
-    def refuse(flags: int = 0) -> Any:
-        if where == "parent" or flags:
-            raise _linux.error(code, "clone(CLONE_PIDFD)")
-        return fork(flags)
-
-    monkeypatch.setattr(_linux, "fork", refuse)
+    if where == "parent":
+        monkeypatch.setattr(_fork, "clone", refuse)
+    else:
+        monkeypatch.setattr(_linux, "fork_sibling", refuse)
     before = children()
     with pytest.raises(OSError, match="clone") as caught:
         async with ForkServer():
@@ -387,10 +387,10 @@ async def test_where_clone_is_refused_there_is_a_clear_error_or_the_fallback(
 async def test_clone_that_fails_for_the_moment_is_no_reason_to_fall_back(
     pidfds: None, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def fail(flags: int = 0) -> Any:
+    def fail(*args: Any) -> Any:
         raise _linux.error(code, "clone")
 
-    monkeypatch.setattr(_linux, "fork", fail)
+    monkeypatch.setattr(_fork, "clone", fail)
     with pytest.raises(OSError, match="clone") as caught:
         async with ForkServer(fallback=True):
             pass

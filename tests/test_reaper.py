@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from aiopidfd import _linux, _reaper
+from aiopidfd._ext import lib
 
 from .children import held, one_held, state_of, traced
 from .conftest import BACKENDS, open_descriptors
@@ -128,7 +129,8 @@ def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: _reaper.R
 
 
 def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reaper: _reaper.Reaper) -> None:
-    ours, childs = reaper.open_gate(1)
+    ends = lib.ap_reaper_open_gate(reaper.fd, 1)
+    ours, childs = ends >> 32, ends & 0xFFFFFFFF
     os.close(childs)
     _linux.close_owned(ours)
     os.dup2(0, ours)  # somebody else's from now on

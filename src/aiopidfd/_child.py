@@ -16,13 +16,13 @@ from asyncio.tasks import _leave_task, current_task
 from collections.abc import Callable
 from contextvars import Context
 from functools import partial
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 from ._child_exit import begin, finish, flush_streams, print_exception
 from ._child_loop import forget_current_loop
 from ._child_signals import reset_signals
 from ._gate import READY
-from ._linux import detach_epolls, set_pdeathsig, set_signal_mask
+from ._linux import detach_epolls, set_exit_code, set_pdeathsig, set_signal_mask
 
 Ready = Literal["auto", "manual"]
 
@@ -51,28 +51,15 @@ class Birth(NamedTuple):
 
     child_func: Callable[[], int | None]
     options: Options
-    gate: int
-    old_mask: int
     loop: asyncio.AbstractEventLoop
     context: Context  # a copy of the parent's
 
 
-def run_to_end(start: Callable[[], Callable[[], object]]) -> NoReturn:
-    """Start, run what `start` returns, and end the process as that ends."""
-    # _exit, come what may: a frame of the parent must never go on in here.
-    code = 255
+def run_to_end(start: Callable[[int, int], Callable[[], object]], gate: int, mask: int) -> None:
+    """Start, run what `start` returns, and end the process as that ends. If this raises, or returns, C ends the process."""
+    started, code = False, 1
     try:
-        code = _run(start)
-    except BaseException:  # a second exception while the first is being reported
-        code = 1
-    finally:
-        os._exit(code)
-
-
-def _run(start: Callable[[], Callable[[], object]]) -> int:
-    started = False
-    try:
-        live = start()
+        live = start(gate, mask)
         started = True
         code = exit_code(live())
     except SystemExit as exc:
@@ -81,32 +68,37 @@ def _run(start: Callable[[], Callable[[], object]]) -> int:
         code = -signal.SIGINT
     except BaseException:
         print_exception()
-        code = 1
+    set_exit_code(code)
     if started:
         finish()
     else:
         flush_streams(BaseException)
-    if code < 0:
-        _die_by_sigint()
-        code = 128 + signal.SIGINT  # SIGINT is blocked or ignored by the child's own doing
-    return code
+    if code >= 0:
+        os._exit(code)  # not C's, since tracers of coverage and their like replace it
 
 
-def start(birth: Birth) -> Callable[[], object]:
+def start(birth: Birth, gate: int, mask: int) -> Callable[[], object]:
     """Make a newly forked child clean, all signals blocked until then, tell that it is ready; return what it is to run."""
-    child_func, options, gate, mask, loop, context = birth
+    child_func, options, loop, context = birth
     try:
         # While the parent sees to it that we are watched.
         _clean(loop, gate)
     finally:
         # Not before we are: we could be reaped by somebody else.
         if not os.read(gate, 1):
+            _say_last_word(gate)
             raise SystemExit(1)  # the parent has given us up
     settle(options, gate, mask)
     if options[0] == "auto":
         notify_ready()
     begin()
     return partial(context.run, child_func)
+
+
+def _say_last_word(gate: int) -> None:
+    """Have a parent that does not know our pid learn it from the kernel. See `find_lost_child` in fork.c."""
+    with contextlib.suppress(OSError):  # it does not listen
+        os.write(gate, READY)
 
 
 def _clean(loop: asyncio.AbstractEventLoop, gate: int) -> None:
@@ -193,8 +185,3 @@ def _system_exit_code(exc: SystemExit) -> int:
         if sys.stderr is not None:
             print(exc.code, file=sys.stderr)
     return 1
-
-
-def _die_by_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)

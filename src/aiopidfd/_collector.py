@@ -47,7 +47,7 @@ class Collector:
         self.births: set[Birth] = set()
         _linux.open_sigchld()  # now: it is for when there are no descriptors left
         self._reaper = _reaper.Reaper()
-        self.gates = Gates(self._reaper)
+        self.gates = Gates()
         self._pidfd = PidfdBackend(self._reaper)
         self._sigchld: SigchldBackend | None = None
         self._checking = False

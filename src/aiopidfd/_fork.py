@@ -10,31 +10,30 @@ import signal
 import socket
 import sys
 import warnings
-from _thread import allocate_lock
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from types import FunctionType
-from typing import cast
+from typing import TypeVar, cast
 
 from . import _child, _linux
 from ._child import Options, Ready
 from ._child_exit import flush_streams, note_inherited
 from ._exit import ExitStatus
 from ._gate import Gate
-from ._process import AbstractChildProcess, expect_child, watch_expected
+from ._linux import reinit_fork_lock
+from ._process import AbstractChildProcess, End, expect_child, watch_expected
+from ._registry import Registry
 
-# Forks, and returns the child's pid, 0 in the child, with its pidfd, or -1.
-Fork = Callable[[], "tuple[int, int]"]
+# Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
+Fork = Callable[[Registry, Gate, _linux.Live], None]
+
+_T = TypeVar("_T")
 
 # How long a child that has closed its end of the gate without a word may take to end, before it is killed.
 _SILENCE_S = 1.0
 
 _NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
-
-# Forks take turns, so that no child inherits the gate of another one that is being made at the same time.
-_fork_lock = allocate_lock()
-_reinit_fork_lock = _fork_lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
 
 # The parent's ends of the gates of fork servers' workers, and their like: no other child may hold a copy.
 _gates: set[socket.socket] = set()
@@ -98,19 +97,21 @@ async def start_child(
     loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
 ) -> AbstractChildProcess:
     """Fork by `fork_`, and return the child's handle once it is ready. Raises, and is cancelled, as `afork`."""
-    child, gate = _fork(loop, child_func, options, fork_)
+    child = expect_child(loop, options.pgid)  # fails before the fork if it must
+    gates, end = child._registry.gates, child._end
+    gate = gates.make(loop)
     try:
+        child = _fork(child, gate, _child.Birth(child_func, options, loop, copy_context()), fork_)
         status = None if await gate.said else await await_ready(child, gate.said)
         if status is not None:
             raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
+        end.future.remove_done_callback(gate.hear_end)
+        gates.close(gate)
+        child._detached = False
+        return child
     except BaseException:
-        await end_unready(child)
+        await _end_forked(child._registry, end, gate)
         raise
-    finally:
-        child._end.future.remove_done_callback(gate.hear_end)
-        child._registry.gates.close(gate)
-    child._detached = False
-    return child
 
 
 def check_arguments(child_func: object, options: Options) -> None:
@@ -170,43 +171,35 @@ def hook_forks() -> None:
         _hooked = True
 
 
-def _fork(
-    loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
-) -> tuple[AbstractChildProcess, Gate]:
-    """Fork, and let the child out of its gate once it is watched. Return it, detached, with its gate."""
-    child = expect_child(loop, options.pgid)  # fails before the fork if it must
+def _fork(child: AbstractChildProcess, gate: Gate, birth: _child.Birth, fork_: Fork) -> AbstractChildProcess:
+    """Fork, and let the child out of its gate once it is watched. Return its handle, detached."""
     hook_forks()
-    with _fork_lock:
-        gate = child._registry.gates.open(loop)
-        try:
-            child._end.future.add_done_callback(gate.hear_end)
-            note_inherited()
-            flush_streams()  # else both of us would write what is buffered
-            old_mask = _linux.set_signal_mask(_linux.ALL_SIGNALS)
-            try:
-                birth = _child.Birth(child_func, options, gate.child_fd, old_mask, loop, copy_context())
-                live = partial(_child.run_to_end, partial(_child.start, birth))
-                _linux.expect_fork(gate.child_fd)
-                pid, pidfd = fork_()
-                if pid == 0:
-                    live()
-                if pidfd >= 0 or not child._registry.let_out(child._child, pid, gate):
-                    try:
-                        child = watch_expected(child, pid, pidfd)
-                    except BaseException:
-                        end_unwatched(pid, pidfd)
-                        raise
-                    gate.open()
-            finally:
-                _linux.expect_fork(-1)
-                _linux.set_signal_mask(old_mask)
-        except BaseException:
-            kill(child)  # if it is there: interrupted as soon as signals came in again, when it is out of its gate
-            child._registry.gates.close(gate)
-            raise
-        finally:
-            os.close(gate.child_fd)
-    return child, gate
+    child._end.future.add_done_callback(gate.hear_end)
+    note_inherited()
+    flush_streams()  # else both of us would write what is buffered
+    fork_(child._registry, gate, partial(_child.run_to_end, partial(_child.start, birth)))
+    if not child._registry.let_out(child._child, gate):
+        child = watch_expected(child, gate.struct.pid, gate.struct.pidfd)
+        gate.is_watched = True
+        gate.open()
+    return child
+
+
+async def _end_forked(registry: Registry, end: End, gate: Gate) -> None:
+    """Kill and reap a child whose caller gets an error instead, however often we are interrupted or cancelled meanwhile."""
+    is_watched = _insist(partial(registry.kill_forked, gate, end))
+    _insist(partial(end.future.remove_done_callback, gate.hear_end))
+    _insist(partial(registry.gates.close, gate))
+    while is_watched and not end.future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([end.future])
+
+
+def _insist(function: Callable[[], _T]) -> _T:
+    """Call a function until it has returned; what a signal handler raises meanwhile gives way to what is being raised."""
+    while True:
+        with contextlib.suppress(BaseException):
+            return function()
 
 
 def end_unwatched(pid: int, pidfd: int) -> None:
@@ -217,20 +210,25 @@ def end_unwatched(pid: int, pidfd: int) -> None:
         os.close(pidfd)
 
 
-def fork() -> tuple[int, int]:
-    """Fork as os.fork does, without its warning of threads; return the child's pid, 0 in the child, and no pidfd."""
+def fork(registry: Registry, gate: Gate, live: _linux.Live) -> None:
+    """Fork as os.fork does, without its warning of threads."""
     if sys.version_info < (3, 12):
-        return os.fork(), -1
+        registry.fork(gate, live, os.fork)
+        return
     with warnings.catch_warnings():
         # warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
         warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, __name__)
-        return os.fork(), -1
+        registry.fork(gate, live, os.fork)
+
+
+def clone(registry: Registry, gate: Gate, live: _linux.Live) -> None:
+    """Fork by clone(2), in the one thread of a process that has no other."""
+    registry.fork(gate, live, None)
 
 
 def _after_fork_in_child() -> None:
     """In any forked child: let go of the gates, so that each has one holder on either side."""
-    # It is held, by the thread that forks or by one that does not exist here.
-    _reinit_fork_lock()
+    reinit_fork_lock()
     if _gates:
         for gate in _gates:
             gate.close()

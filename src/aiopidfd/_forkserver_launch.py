@@ -15,7 +15,9 @@ from typing import Literal
 from . import _fork, _inherited, _linux
 from ._child import Options
 from ._forkserver_main import serve
+from ._gate import Gate
 from ._process import AbstractChildProcess, watch_forked
+from ._registry import Registry
 
 StartMethod = Literal["fork", "spawn"]
 MadeBy = Literal["clone", "os.fork", "spawn", "none"]
@@ -107,17 +109,22 @@ async def _fork_server(
 ) -> AbstractChildProcess:
     inherited: list[int] | BaseException = []
 
-    def fork() -> tuple[int, int]:
-        nonlocal inherited
+    how = _fork.fork if features.made_by == "os.fork" else _fork.clone
+
+    def fork(registry: Registry, gate: Gate, live: _linux.Live) -> None:
         snapshot = _inherited.Snapshot()
+
+        def look_and_live(fd: int, mask: int) -> None:
+            nonlocal inherited
+            try:
+                inherited = snapshot.find_inherited()
+            except BaseException as exc:  # MemoryError, which is for `live` to raise
+                inherited = exc
+            snapshot.close()
+            live(fd, mask)
+
         try:
-            pid, pidfd = _fork.fork() if features.made_by == "os.fork" else _linux.fork()
-            if pid == 0:
-                try:
-                    inherited = snapshot.find_inherited()
-                except BaseException as exc:  # MemoryError. Raised here it would take the child into the parent's code
-                    inherited = exc
-            return pid, pidfd
+            how(registry, gate, look_and_live)
         finally:
             snapshot.close()
 

@@ -113,13 +113,12 @@ def _serve_one(server: Server) -> bool:
 
 def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
     """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
+    live = functools.partial(_child.run_to_end, functools.partial(_start, server, fds))
     _child_exit.note_inherited()
     try:
-        pid, pidfd = _linux.fork(_linux.FORK_SIBLING)
+        pid, pidfd = _linux.fork_sibling(live, server.mask)
     except OSError as exc:
         return 0, -1, exc.errno or errno.EIO
-    if pid == 0:
-        _child.run_to_end(lambda: _start(server, fds))
     return pid, pidfd, 0
 
 
@@ -141,7 +140,7 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
             os.close(pidfd)
 
 
-def _start(server: Server, fds: list[int]) -> Callable[[], object]:
+def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], object]:
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
     os.close(server.wire.detach())
     _child_exit.begin()  # while it waits for its order
@@ -155,7 +154,7 @@ def _start(server: Server, fds: list[int]) -> Callable[[], object]:
         if numbers:
             gate.fd = _move_out_of(numbers, gate.fd)
             _renumber(fds[1:], numbers)
-        _child.settle(options, gate.fd, server.mask)
+        _child.settle(options, gate.fd, mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
         _tell_failure(gate.fd)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 
-from . import _linux, _reaper
+from . import _linux
 
 GO = b"g"  # from the parent: you are watched
 READY = b"r"
@@ -15,26 +15,27 @@ _NUMBERS = (1 << 30) - 1  # before the first one is used again
 
 
 class Gate:
-    """The parent's end of it, which the reaper listens to.
+    """The parent's end of it, which the reaper listens to, and what there is of the child.
 
     Made before the fork, as all that can be: after it, every page that is written to is copied first.
     """
 
-    __slots__ = ("_heard", "child_fd", "fd", "number", "said")
+    __slots__ = ("_heard", "is_watched", "number", "said", "struct")
 
     context = None  # as a child whose next observer is one of ours
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, reaper: _reaper.Reaper, number: int) -> None:
-        """Make it. OSError: EMFILE, ENFILE, out of descriptors."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+        """Open nothing yet: `struct` is written when the child is forked."""
         self.number = number
         self.said: asyncio.Future[bool] = loop.create_future()  # whether the child is ready, or never will be
+        self.struct = _linux.new_child()
+        self.is_watched = False  # then what there is of the child is the registry's
         self._heard: bool | None = None
-        self.fd, self.child_fd = reaper.open_gate(number)
 
     def open(self) -> None:
         """Let the child out."""
         with contextlib.suppress(ConnectionError):  # killed already; its end is on the way to us
-            os.write(self.fd, GO)
+            os.write(self.struct.gate, GO)
 
     def hear(self, ready: bool) -> None:
         """Hear, in any thread, whether the child is ready."""
@@ -48,9 +49,9 @@ class Gate:
 
     def hear_end(self, _: object) -> None:
         """Hear, in the loop's thread, that the child has ended. It may have said that it is ready, just before."""
-        if self.fd >= 0 and not self.said.done():
+        if self.struct.gate >= 0 and not self.said.done():
             try:
-                word = os.read(self.fd, 1)
+                word = os.read(self.struct.gate, 1)
             except (BlockingIOError, ConnectionError):  # read already and about to be told, or ended with our word unread
                 word = b""
             self.said.set_result(bool(word) or self._heard is True)
@@ -59,25 +60,26 @@ class Gate:
 class Gates:
     """The gates of one loop's children that are not ready yet, by number: a descriptor's may soon be another gate's."""
 
-    __slots__ = ("_gates", "_last", "_reaper")
+    __slots__ = ("_gates", "_last")
 
-    def __init__(self, reaper: _reaper.Reaper) -> None:
-        self._reaper = reaper
+    def __init__(self) -> None:
         self._gates: dict[int, Gate] = {}
         self._last = 0
 
-    def open(self, loop: asyncio.AbstractEventLoop) -> Gate:
-        """Make the gate of a child that is to be forked. OSError: EMFILE, ENFILE, out of descriptors."""
+    def make(self, loop: asyncio.AbstractEventLoop) -> Gate:
+        """Make the gate of a child that is to be forked."""
         self._last = self._last % _NUMBERS + 1
-        gate = self._gates[self._last] = Gate(loop, self._reaper, self._last)
-        return gate
+        return Gate(loop, self._last)
+
+    def add(self, gate: Gate) -> None:
+        """Know a gate that is about to be opened."""
+        self._gates[gate.number] = gate
 
     def find(self, number: int) -> Gate | None:
         """Return the gate, unless it was closed."""
         return self._gates.get(number)
 
     def close(self, gate: Gate) -> None:
-        """Close it. A child that still stands there ends."""
-        del self._gates[gate.number]
-        fd, gate.fd = gate.fd, -1  # whatever is heard from now on: the number may be somebody else's
-        _linux.close_owned(fd)
+        """Close it, if it is open. A child that still stands there ends."""
+        self._gates.pop(gate.number, None)
+        _linux.close_gate(gate.struct)  # whatever is heard from now on: the number may be somebody else's

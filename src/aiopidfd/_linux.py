@@ -304,16 +304,45 @@ def set_pdeathsig(signal: int, gate: int) -> bool:
 FORK_SIBLING: Final = lib.AP_FORK_SIBLING
 
 
-def fork(flags: int = 0) -> tuple[int, int]:
-    """Fork by clone(2), as os.fork() does, and return the child's pid and pidfd; 0 in the child.
+Live = Callable[[int, int], object]
+"""What a forked child calls: with its end of its gate, and the signal mask that it is to have."""
 
-    Only for the one thread of a process that has no other. The C contract, and the errnos, are in cffi_build/clone.h.
+
+def new_child() -> Any:
+    """Return a new `ap_child`, of no child."""
+    return ffi.new("ap_child *", (0, -1, -1))
+
+
+def fork_child(struct: Any, reaper: int, number: int, live: Live, fork: Callable[[], int] | None) -> None:
+    """Make a gate and fork, by `fork` or else by clone(2); the child calls `live` and ends. What is made is in `struct`.
+
+    By clone(2) only in the one thread of a process that has no other. The C contract is in cffi_build/fork.h, the errnos of
+    clone(2) are in clone.h. EMFILE, ENFILE: out of descriptors.
     """
-    pidfd = ffi.new("int *", -1)
-    pid = lib.ap_fork(flags, pidfd)
-    if pid < 0:
-        raise error(-pid, "clone(CLONE_PIDFD | CLONE_PARENT)" if flags & FORK_SIBLING else "clone(CLONE_PIDFD)")
-    return pid, pidfd[0]
+    failures: list[BaseException] = []
+    result = lib.ap_child_fork(struct, reaper, number, 0 if fork is None else id(fork), id(live), id(failures))
+    if result > 0:
+        raise failures.pop()
+    if result < 0:
+        raise error(-result, "socketpair()" if -result in OUT_OF_DESCRIPTORS else "clone(CLONE_PIDFD)")
+
+
+# Watch a child and let it out of its gate; return minus the errno if that cannot be done. Arguments: its struct, the reaper.
+try_release: Final[Callable[[Any, int], int]] = lib.ap_child_release
+# Kill and reap a child that nobody watches, and close its gate. The same arguments.
+undo_child: Final[Callable[[Any, int], None]] = lib.ap_child_undo
+close_gate: Final[Callable[[Any], None]] = lib.ap_child_close_gate
+set_exit_code: Final[Callable[[int], None]] = lib.ap_set_exit_code
+reinit_fork_lock: Final[Callable[[], None]] = lib.ap_reinit_fork_lock
+
+
+def fork_sibling(live: Live, mask: int) -> tuple[int, int]:
+    """Fork a child of our parent's by clone(2); return its pid and pidfd. It calls `live` with -1 and the mask, and ends."""
+    pid, pidfd = ffi.new("int *"), ffi.new("int *", -1)
+    result = lib.ap_fork(FORK_SIBLING, id(live), -1, mask, pid, pidfd)
+    if result < 0:
+        raise error(-result, "clone(CLONE_PIDFD | CLONE_PARENT)")
+    return pid[0], pidfd[0]
 
 
 def count_threads() -> int | None:
@@ -344,7 +373,6 @@ def _is_uring_worker(thread: str) -> bool:
 
 # The C contracts are in cffi_build/epolls.h. Looked up here: what cffi makes at the first use of a function, each forked
 # child would make anew.
-expect_fork: Final[Callable[[int], None]] = lib.ap_expect_fork
 _detach_epolls: Final = lib.ap_detach_epolls
 
 if lib.ap_hook_forks() < 0:

@@ -20,7 +20,7 @@ from ._watcher import check_pid
 _REQUESTS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
 
-class _End:
+class End:
     """The end of one child, kept apart from the handle so that the registry does not keep a dropped handle alive."""
 
     __slots__ = ("future", "status")
@@ -48,14 +48,14 @@ class AbstractChildProcess(ABC):
 
     def _adopt(self, pid: int, pidfd: int, backend: Choice) -> None:
         loop = asyncio.get_running_loop()
-        registry, end = registry_of(loop), _End(loop)
-        self._bind(registry, registry.observe(pid, end, end, pidfd=pidfd, backend=backend), end, None)
+        registry, end = registry_of(loop), End(loop)
+        self._bind(registry, registry.observe(pid, end, end, pidfd=pidfd, backend=backend), end)
+        self._give_out(None)
 
-    def _bind(self, registry: Registry, child: Child, end: _End, pgid: int | None) -> None:
+    def _bind(self, registry: Registry, child: Child, end: End) -> None:
         self._registry = registry
         self._child = child
         self._end = end
-        self._give_out(pgid)
 
     def _give_out(self, pgid: int | None) -> None:
         """Be somebody's handle, and no longer detached."""
@@ -233,8 +233,10 @@ def watch_forked(
     `check`: make sure that it is a child of ours, and raise ProcessLookupError or ChildProcessError if not.
     """
     loop = loop or asyncio.get_running_loop()
-    registry, end = registry_of(loop), _End(loop)
-    return _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd), end, pgid)
+    registry, end = registry_of(loop), End(loop)
+    handle = _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd), end)
+    handle._give_out(pgid)
+    return handle
 
 
 def expect_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractChildProcess:
@@ -242,10 +244,10 @@ def expect_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractC
 
     What can be made before a fork is: after it, every page that is written to is copied first.
     """
-    registry, end = registry_of(loop), _End(loop)
+    registry, end = registry_of(loop), End(loop)
     child = registry.expect(end, end)
-    handle = _make_handle(registry, child, end, pgid)
-    handle.detach()
+    handle = _make_handle(registry, child, end)
+    handle._pgid = pgid
     return handle
 
 
@@ -255,15 +257,16 @@ def watch_expected(handle: AbstractChildProcess, pid: int, pidfd: int) -> Abstra
     It has just been forked, and cannot end unseen. `pidfd`, or -1, is ours from now on if this succeeds.
     """
     registry, end = handle._registry, handle._end
-    handle = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd), end, handle._pgid)
-    handle.detach()
-    return handle
+    watched = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd), end)
+    watched._pgid = handle._pgid
+    return watched
 
 
-def _make_handle(registry: Registry, child: Child, end: _End, pgid: int | None) -> AbstractChildProcess:
+def _make_handle(registry: Registry, child: Child, end: End) -> AbstractChildProcess:
+    """Return a handle, detached."""
     made = PidfdChildProcess if child.backend.name == "pidfd" else PosixChildProcess
     handle: AbstractChildProcess = made.__new__(made)
-    handle._bind(registry, child, end, pgid)
+    handle._bind(registry, child, end)
     return handle
 
 

@@ -47,10 +47,9 @@ class Batch:
         lib.ap_batch_release(self.struct)
 
 
-# Do what Reaper.add does, and return minus the errno where that raises; then the same for a newly forked child, which is let
-# out of its gate. No methods, whose call costs as much again: they take the reaper's descriptor first.
+# Do what Reaper.add does, and return minus the errno where that raises. No method, whose call costs as much again: the first
+# argument is the reaper's descriptor.
 try_add: Final[Callable[[int, int, int], int]] = lib.ap_reaper_add
-try_let_out: Final[Callable[[int, int, int], int]] = lib.ap_reaper_let_out
 
 
 class Reaper:
@@ -85,13 +84,6 @@ class Reaper:
         result = lib.ap_reaper_add_wake(self.fd, fd)
         if result < 0:
             raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")
-
-    def open_gate(self, number: int) -> tuple[int, int]:
-        """Make a socket pair for a child that is to be forked, and listen to our end; return both. EMFILE, ENFILE."""
-        result = lib.ap_reaper_open_gate(self.fd, number)
-        if result < 0:
-            raise error(-result, "socketpair()")
-        return result >> 32, result & 0xFFFFFFFF
 
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change the flags of a held pidfd."""

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from contextvars import copy_context
+from signal import SIGKILL
 
 from . import _backend, _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
@@ -102,16 +103,38 @@ class Registry(Collector):
         self._check_open()
         return make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
 
-    def let_out(self, child: Child, pid: int, gate: Gate) -> bool:
+    def fork(self, gate: Gate, live: _linux.Live, fork: Callable[[], int] | None) -> None:
+        """Fork a child that stands at `gate` and calls `live`. Raises as _linux.fork_child."""
+        self.gates.add(gate)
+        _linux.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+
+    def let_out(self, child: Child, gate: Gate) -> bool:
         """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
+        struct = gate.struct
+        pid = struct.pid
         with self._lock:
-            if pid in self._children or self.closed or child.backend is not self._pidfd:
+            if pid in self._children or self.closed or child.backend is not self._pidfd or struct.pidfd >= 0:
                 return False
-            pidfd = _reaper.try_let_out(self._reaper.fd, pid, gate.fd)
-            if pidfd < 0:
+            if _linux.try_release(struct, self._reaper.fd) < 0:
                 return False
-            child.pid, child.pidfd = pid, pidfd
+            child.pid, child.pidfd = pid, struct.pidfd
             self._children[pid] = child
+            gate.is_watched = True
+            return True
+
+    def kill_forked(self, gate: Gate, observer: Observer) -> bool:
+        """Kill a forked child that `observer` waits for; return False if it was not watched yet, and is reaped now."""
+        with self._lock:
+            child = self._children.get(gate.struct.pid)
+            if child is not None and child.count_observers() == 0:  # `observe` was interrupted
+                child.add_observer(observer, observer, None, None)
+            if child is not None and child.is_observed_by(observer):
+                self.send_signal(child, SIGKILL)
+            elif not gate.is_watched:
+                if self._sigchld is not None:
+                    self._sigchld.remove(gate.struct.pid, -1)
+                _linux.undo_child(gate.struct, self._reaper.fd)
+                return False
             return True
 
     def _is_of_the_past(self, child: Child) -> bool:

@@ -79,6 +79,10 @@ class Child:
             return True
         return self._others is not None and self._others.pop(key, None) is not None
 
+    def is_observed_by(self, key: object) -> bool:
+        """Return whether there is an observer with this key."""
+        return (self._key is key and self._observer is not None) or (self._others is not None and key in self._others)
+
     def count_observers(self) -> int:
         """Return how many are to be told."""
         return (self._observer is not None) + (len(self._others) if self._others else 0)
