@@ -225,7 +225,13 @@ async def test_interrupt_inside_popen_once_it_knows_the_pid(monkeypatch: pytest.
 def signalled_by_pid(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Whom os.kill, by which Popen kills too, was called for."""
     pids: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: pids.append(pid))
+    kill = os.kill
+
+    def note(pid: int, number: int) -> None:
+        pids.append(pid)
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", note)
     yield pids
     monkeypatch.undo()
 

@@ -35,6 +35,8 @@ Seen = list[Any]
 class Proxy:
     """As wrapt's: it says of itself whatever the wrapped function says, and is none."""
 
+    __slots__ = ("__wrapped__", "_seen")  # no __dict__, which is the wrapped function's, too
+
     def __init__(self, wrapped: Any, seen: Seen) -> None:
         self.__wrapped__, self._seen = wrapped, seen
 
