@@ -18,7 +18,7 @@ import pytest
 
 import aiopidfd
 from aiopidfd import PidfdWatcher, _identity, _linux, _orphans, _registries
-from tests.children import few_descriptors
+from tests.children import Held, few_descriptors, one_held
 from tests.conftest import BACKENDS, LoopFactory, children
 from tests.workers import wait_for_signal
 
@@ -246,3 +246,17 @@ def test_one_leaked_program_gives_one_warning(loop_factory: LoopFactory, stream:
         gc.collect()
     assert [str(warning.message)[:18] for warning in caught if warning.category is ResourceWarning] == ["unclosed transport"]
     await_end(pid)  # its stdin is closed
+
+
+def test_zombie_that_its_loop_has_not_seen_is_reaped_as_the_loop_is_closed(loop_factory: LoopFactory) -> None:
+    """No SIGCHLD will come for it any more."""
+    loop = loop_factory()
+
+    async def watch(child: Held) -> None:
+        PidfdWatcher().add_child_handler(child.pid, print)
+        child.end_unreaped(0)
+
+    with one_held() as child:
+        loop.run_until_complete(watch(child))
+        loop.close()
+        assert child.pid not in children()
