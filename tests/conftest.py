@@ -26,6 +26,10 @@ except ImportError:
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
+# A shell that starts us in the background ignores SIGINT, and children inherit that: Ctrl-C would end neither them nor us.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TEST_TIMEOUT_S = 600  # longer than any bound in a test; then all threads' tracebacks, and the end
 
 LOOPS = [

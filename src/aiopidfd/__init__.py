@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._child import notify_ready
 from ._exit import ExitStatus
@@ -32,12 +32,31 @@ __all__ = [
     "wait",
 ]
 
-# Made when they are first asked for: one needs an extra, of the other Python 3.14 warns.
+# Made when they are first asked for: one needs an extra, of the other Python 3.14 warns, and 3.16 has nothing to make it of.
 _LAZY = {"EventLoopPolicy": make_policy_class, "UvloopEventLoop": make_uvloop_class}
+
+# What type checkers read above is looked up below, so that `from aiopidfd import *` asks for nothing that cannot be had.
+_NAMES = tuple(__all__)
+if not TYPE_CHECKING:
+    del __all__
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = globals()[name] = _LAZY[name]()
         return value
+    if name == "__all__":
+        return [public for public in _NAMES if public not in _LAZY or _can_be_had(public)]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "__all__"})
+
+
+def _can_be_had(name: str) -> bool:
+    try:
+        globals().get(name) or __getattr__(name)
+    except ImportError:  # no uvloop, or not one for this Python; no event loop policies
+        return False
+    return True

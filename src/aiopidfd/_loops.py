@@ -103,12 +103,22 @@ def _run_before_runner(main: Coroutine[Any, Any, _T], factory: LoopFactory, debu
 
 
 def make_policy_class() -> type[Any]:
-    """Return the class `EventLoopPolicy`; made on demand, since Python 3.14 warns of every look at a policy class."""
+    """Return the class `EventLoopPolicy`; made on demand, since Python 3.14 warns of every look at a policy class.
+
+    ImportError: there are no event loop policies, as from Python 3.16 on.
+    """
     from ._watcher import PidfdWatcher  # noqa: PLC0415 - it imports this module
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        base: type[Any] = asyncio.DefaultEventLoopPolicy
+        try:
+            base: type[Any] = asyncio.DefaultEventLoopPolicy
+        except AttributeError:
+            raise ImportError(
+                "EventLoopPolicy needs asyncio's event loop policies, which Python 3.16 has removed: use "
+                "aiopidfd.run(main()), or asyncio.run(main(), loop_factory=aiopidfd.SelectorEventLoop)",
+                name="aiopidfd",
+            ) from None
 
     class EventLoopPolicy(base):  # type: ignore[misc] # the base depends on the Python version
         """For programs that still set an event loop policy (Python 3.9 to 3.15): its loops are `loop_factory`'s.
