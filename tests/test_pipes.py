@@ -100,3 +100,15 @@ async def test_no_call_on_a_pipe_can_stand_still() -> None:
     pipes = [process._transport.get_pipe_transport(number) for number in range(3)]  # type: ignore[attr-defined]
     assert [os.get_blocking(pipe.get_extra_info("pipe").fileno()) for pipe in pipes] == [False] * 3
     await talk(process, b"")
+
+
+async def test_what_the_other_direction_can_is_not_implemented_as_on_uvloop() -> None:
+    process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE)
+    transport = process._transport  # type: ignore[attr-defined] # there is no public way
+    writer, reader = transport.get_pipe_transport(0), transport.get_pipe_transport(1)
+    for call in (writer.pause_reading, writer.resume_reading, reader.write_eof, reader.get_write_buffer_size):
+        with pytest.raises(NotImplementedError):
+            call()
+    with pytest.raises(NotImplementedError):
+        reader.write(b"")
+    assert await talk(process, b"in") == (b"in", None)
