@@ -175,7 +175,8 @@ _PARENT = """
 import os, signal, sys
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may be inherited ignored
 read, write = os.pipe()
-pid = os.posix_spawn("/bin/sh", ["sh", "-c", "read x; exit 11"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
+argv = sys.argv[1:]
+pid = os.posix_spawn(argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
 print(pid, flush=True)
 for order in sys.stdin:
     if order == "end\\n":
@@ -188,12 +189,14 @@ for order in sys.stdin:
 class Stranger:
     """A process that is a child of another process; it ends with code 11, and is reaped, when told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *argv: str) -> None:
+        """Start it. `argv`: another program than the usual one."""
+        command = [sys.executable, "-c", _PARENT, *(argv or ("/bin/sh", "-c", "read x; exit 11"))]
         # Not two pipes: without a descriptor for the second, Popen loses the first on Python 3.9 and 3.10.
         self._ours, childs = socket.socketpair()
         with childs, contextlib.ExitStack() as undo:
             undo.callback(self._ours.close)
-            self._parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdin=childs.fileno(), stdout=childs.fileno())
+            self._parent = subprocess.Popen(command, stdin=childs.fileno(), stdout=childs.fileno())
             undo.pop_all()
         self.pid = int(self._ours.recv(32))
 

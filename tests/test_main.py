@@ -86,6 +86,7 @@ def test_table_shows_each_feature_aligned(capsys: pytest.CaptureFixture[str]) ->
         "programs by": found.spawn,
         "PIDFD_INFO_EXIT": found.recover_exit,
         "SIGCHLD": found.sigchld,
+        "/proc": found.proc,
         "RLIMIT_NOFILE": str(found.nofile),
         "backend": found.backend,
     }

@@ -88,6 +88,7 @@ def format_features(found: Features) -> str:
         ("clone(CLONE_PIDFD)", found.clone_pidfd, "to start a program with a pidfd from its birth (Linux 5.2)"),
         ("PIDFD_INFO_EXIT", found.recover_exit, "to recover a status that somebody else has reaped (Linux 6.15)"),
         ("SIGCHLD", found.sigchld, _explain_sigchld(found)),
+        ("/proc", found.proc, _explain_proc(found)),
         ("RLIMIT_NOFILE", str(found.nofile), f"a watched child takes one descriptor; can be raised to {found.nofile_max}"),
         ("programs by", found.spawn, "clone: in C, half the cost, and no thief can win; Popen: by subprocess"),
         ("backend", found.backend, found.reason),
@@ -104,6 +105,11 @@ def _explain_sigchld(found: Features) -> str:
             "statuses are recovered" if found.recover_exit == "yes" else "statuses are lost"
         )
     return "not needed with pidfds" if found.backend == "pidfd" else "tells of exits, as pidfds cannot"
+
+
+def _explain_proc(found: Features) -> str:
+    need = "to wait for processes that are no children, where there are no pidfds"
+    return need if found.backend == "sigchld" else f"{need}: not needed"
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def probe_pidfd() -> OSError | None:
         # Short of descriptors says nothing about the kernel; each child will try again.
         return None if exc.errno in _linux.OUT_OF_DESCRIPTORS else exc
     try:
-        _linux.send_signal(pidfd, 0)
+        _try_signal(pidfd)
         _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:  # we are not our own child: it works
         pass
@@ -92,6 +92,14 @@ def probe_pidfd() -> OSError | None:
     finally:
         os.close(pidfd)
     return None
+
+
+def _try_signal(pidfd: int) -> None:
+    """Signal this very process; if that fails it is the kernel's fault, or a filter's."""
+    try:
+        _linux.send_signal(pidfd, 0)
+    except OSError as exc:
+        raise _linux.error(exc.errno or errno.EINVAL, "pidfd_send_signal(to this process)") from None
 
 
 def environment() -> Choice:

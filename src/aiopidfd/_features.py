@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 from . import _linux
 from ._backend import BackendName, decide
+from ._proc import find_obstacle
 
 YES: Final = "yes"
 
@@ -34,6 +35,9 @@ class Features:
             PIDFD_GET_INFO, or "no" where it is there but does not tell of exits (6.13, 6.14).
         sigchld: what SIGCHLD is set to in this process: "SIG_DFL", "SIG_IGN" (then the kernel reaps every child at once),
             "ours", or whose handler it is.
+        proc: "yes", or why /proc does not tell of every process: it cannot be read, is that of another PID namespace, or
+            hides other users' processes. Where there are no pidfds either, `wait()` then notices the end of a process that
+            is no child of ours when its parent has reaped it, and not if its number is another process's by then.
         nofile: how many descriptors this process may have open (RLIMIT_NOFILE, soft limit); each watched child takes one.
         nofile_max: what that limit can be raised to (hard limit).
         backend: how the ends of children are learnt of here, which follows from pidfd_open and waitid_pidfd.
@@ -48,6 +52,7 @@ class Features:
     clone_pidfd: str
     recover_exit: str
     sigchld: str
+    proc: str
     nofile: int
     nofile_max: int
     backend: BackendName
@@ -73,6 +78,7 @@ def features() -> Features:
         clone_pidfd=_answer(refused),
         recover_exit=YES if recovers else _answer(tried.get_exit, otherwise="no"),
         sigchld=_linux.describe_sigchld(),
+        proc=find_obstacle() or YES,
         nofile=nofile,
         nofile_max=nofile_max,
         backend=backend,

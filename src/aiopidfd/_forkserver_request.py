@@ -179,7 +179,7 @@ class Request:
         if self.outcome.done():
             return
         if not pid and not code:
-            pid = _linux.get_pid(pidfd) if pidfd >= 0 else 0
+            pid = (_linux.get_pid(pidfd) or 0) if pidfd >= 0 else 0
             if not pid:
                 self._lose_number(pidfd)
                 return

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from . import _proc
 from ._exit import RUSAGE_SIZE
 from ._ext import ffi, lib
 
@@ -52,6 +53,13 @@ def error(code: int, call: str) -> OSError:
     return OSError(code, f"{call}: {_explain(code)}")
 
 
+def signal_error(code: int, call: str) -> OSError:
+    """Make the OSError for `call`, which was to signal a process, having failed with errno `code`."""
+    if code == errno.EPERM:
+        return OSError(code, f"{call}: {os.strerror(code)}: it runs as another user (or a seccomp filter refuses)")
+    return error(code, call)
+
+
 def open_pidfd(pid: int) -> int:
     """Return a new pidfd for `pid`, close-on-exec. ESRCH if it is gone. See pidfd_open(2)."""
     fd = lib.ap_pidfd_open(pid)
@@ -64,7 +72,7 @@ def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
     """Signal the process behind `pidfd` and no other. ESRCH once it was reaped. See pidfd_send_signal(2)."""
     result = lib.ap_pidfd_send_signal(pidfd, signal, flags)
     if result < 0:
-        raise error(-result, f"pidfd_send_signal(signal {signal})")
+        raise signal_error(-result, f"pidfd_send_signal(signal {signal})")
 
 
 class Exit(NamedTuple):
@@ -105,21 +113,17 @@ def get_exit(pidfd: int) -> int | None:
     return int(status[0]) if result else None
 
 
-def get_pid(pidfd: int) -> int:
-    """Return the pid that a process, not reaped yet, has in our PID namespace; 0 if that is not told.
+def get_pid(pidfd: int) -> int | None:
+    """Return the pid that the process behind `pidfd` has in our PID namespace; 0 if it was reaped, has none, or is none.
 
-    By PIDFD_GET_INFO (Linux 6.13), else by a /proc of our namespace.
+    By PIDFD_GET_INFO (Linux 6.13), else by a /proc of our namespace; None where there is neither.
     """
-    pid = lib.ap_pidfd_get_pid(pidfd)
-    if pid <= 0:
-        pid = 0
-        try:
-            if os.readlink("/proc/self") == str(os.getpid()):  # else it tells the numbers of another namespace
-                with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as fdinfo:
-                    pid = next((int(line[4:]) for line in fdinfo if line.startswith("Pid:")), 0)
-        except OSError:  # ENOENT: there is no /proc, or we are not in it. EMFILE, ENFILE
-            pass
-    return max(pid, 0)  # -1: it was reaped
+    pid = int(lib.ap_pidfd_get_pid(pidfd))
+    if pid > 0:
+        return pid
+    if pid in (-errno.ESRCH, -errno.EREMOTE):
+        return 0
+    return _proc.read_pid(pidfd)  # ENOTTY, EINVAL: no pidfd, or an older kernel. ENOSYS, EPERM, EACCES: a filter
 
 
 def can_recover_exit() -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import warnings
 from abc import ABC, abstractmethod
 from types import TracebackType
 
+from . import _linux
 from ._backend import Choice, logger
 from ._exit import ExitStatus
 from ._registries import registry_of
@@ -271,11 +273,22 @@ def _make_handle(registry: Registry, child: Child, end: End) -> AbstractChildPro
 
 
 def _check_pidfd(pid: int, pidfd: int) -> None:
-    """Raise ValueError unless `pidfd` is a pidfd of the process `pid`."""
-    with open(f"/proc/self/fdinfo/{pidfd}" if pidfd >= 0 else os.devnull, encoding="ascii") as fdinfo:
-        for line in fdinfo:
-            if line.startswith("Pid:"):
-                if int(line.split()[1]) == pid:
-                    return
-                break
-    raise ValueError(f"descriptor {pidfd} is not a pidfd of process {pid}")
+    """Raise ValueError unless `pidfd` is a pidfd of the process `pid`; OSError EBADF if it is not open."""
+    os.fstat(pidfd)
+    found = _find_pid(pidfd)
+    if found is not None and found != pid:
+        raise ValueError(f"descriptor {pidfd} is not a pidfd of process {pid}")
+
+
+def _find_pid(pidfd: int) -> int | None:
+    """Return the pid of the process behind `pidfd`, 0 if it is none or gone; None if that cannot be known here."""
+    found = _linux.get_pid(pidfd)
+    if found is not None:
+        return found
+    try:
+        ended = _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # a pidfd, though not of a child: that is for the registry to say
+        return None
+    except OSError as exc:
+        return 0 if exc.errno == errno.EBADF else None  # EBADF: no pidfd. ENOSYS, EPERM, EACCES, EINVAL: they cannot be used
+    return None if ended is None else ended.pid

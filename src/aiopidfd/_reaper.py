@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -69,6 +70,8 @@ class Reaper:
     def add(self, pid: int, flags: int) -> int:
         """Open a pidfd for `pid` and hold it; return it. Errors as in reaper.h."""
         pidfd = lib.ap_reaper_add(self.fd, pid, flags)
+        if pidfd == -errno.ENOENT:  # the ID of a thread (EINVAL before Linux 6.9)
+            pidfd = -errno.ESRCH
         if pidfd < 0:
             raise error(-pidfd, f"cannot watch pid {pid}")
         return pidfd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from contextvars import copy_context
@@ -160,6 +161,8 @@ class Registry(Collector):
                     logger.warning("watching children by SIGCHLD for want of descriptors: %s", exc.strerror)
                 self._warned_of_limit = True
             elif not is_forbidden(exc):
+                if exc.errno == errno.EINVAL:  # the ID of a thread, before Linux 6.9
+                    raise _linux.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
                 raise
             child = self._try(self._get_sigchld(), pid, pidfd, check=check, stranger=stranger, peek=peek)
         self._children[pid] = child

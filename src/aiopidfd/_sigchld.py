@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from . import _linux, _reaper
 from ._backend import Backend, logger
+from ._proc import look_at
 
 # How often the handler is checked, and every child asked for, while children are watched by it: what a replaced handler,
 # or a thief, can delay an exit by.
@@ -153,7 +154,8 @@ class SigchldBackend(Backend):
         """
         reaper.add_wake(_linux.open_sigchld())
         self._pids = _reaper.Pids()
-        self._strangers: dict[int, bytes] = {}  # processes that send us no SIGCHLD: pid -> start time
+        # Processes that send us no SIGCHLD, by pid, with the time of their start, as far as it can be seen.
+        self._strangers: dict[int, bytes | None] = {}
         self._plan = plan
         self._planned_for = _NEVER
         self._look_after = 0.0
@@ -167,17 +169,12 @@ class SigchldBackend(Backend):
             ended = _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except OSError as exc:
             self.remove(pid, -1)
-            try:
-                started = _start_time(pid)
-            except OSError:  # EMFILE, ENFILE; no child of ours it is in any case
-                if not flags & _reaper.ADD_CHECK_CHILD:
-                    raise
-                started = b""
-            if started is None:  # ended and reaped, or never there
+            sight = look_at(pid)
+            if sight is None:  # ended and reaped, or never there
                 raise _linux.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
             if flags & _reaper.ADD_CHECK_CHILD:
                 raise _linux.error(errno.ECHILD, f"cannot watch pid {pid}") from exc
-            self._strangers[pid] = started
+            self._strangers[pid] = sight.started
         else:
             if ended is not None:
                 _linux.name_to_sigchld(pid)
@@ -197,7 +194,9 @@ class SigchldBackend(Backend):
 
     def remove(self, pid: int, pidfd: int) -> None:
         """Watch no longer."""
-        if self._strangers.pop(pid, None) is None and self._pids.remove(pid):
+        if pid in self._strangers:
+            del self._strangers[pid]
+        elif self._pids.remove(pid):
             _count(-1)
 
     def reap(self) -> Iterator[_reaper.Record]:
@@ -252,15 +251,12 @@ class SigchldBackend(Backend):
             with _lock:
                 _install(anew=False, resume=True)
         for pid, started in tuple(self._strangers.items()):
-            try:
-                is_there = _start_time(pid) == started
-            except OSError as exc:
-                if exc.errno not in _linux.OUT_OF_DESCRIPTORS:
-                    raise
-                break  # the next check may know; ours need no descriptor
-            if not is_there:
+            sight = look_at(pid)
+            if sight is None or sight.has_ended or (started and sight.started and sight.started != started):
                 del self._strangers[pid]
                 yield pid, -1, 0, _reaper.SOURCE_LOST, b""
+            elif started is None:
+                self._strangers[pid] = sight.started
         yield from self._take(self._pids.reap_all)
 
     def is_idle(self) -> bool:
@@ -292,17 +288,4 @@ def _signal_unreaped(pid: int, kill: Callable[[int, int], None], target: int, si
     try:
         kill(target, signal)
     except OSError as exc:
-        raise _linux.error(exc.errno or errno.EINVAL, f"{kill.__name__}({target}, signal {signal})") from exc
-
-
-def _start_time(pid: int) -> bytes | None:
-    """Return when the process was started, which tells it from a later one of the same pid; None if it has ended.
-
-    OSError: EMFILE, ENFILE: out of descriptors.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in (b"Z", b"X") else fields[19]
+        raise _linux.signal_error(exc.errno or errno.EINVAL, f"{kill.__name__}({target}, signal {signal})") from exc

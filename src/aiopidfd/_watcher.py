@@ -158,7 +158,10 @@ async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
 
     Any process can be waited for: a child (also one that subprocess, multiprocessing or a C library has started) or a
     stranger. A stranger's status is known since Linux 6.15, if its parent reaps it; otherwise its returncode is None
-    and its source "not-child". Cancellation leaves the process alone, and unwatched if nobody else waits.
+    and its source "not-child". Without pidfds a stranger is looked at in /proc once a second; where /proc does not show it
+    its end is noticed when its parent has reaped it, and not if its number is another process's by then.
+
+    Cancellation leaves the process alone, and unwatched if nobody else waits.
 
     Args:
         pid: the process.
@@ -167,7 +170,7 @@ async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
     Raises:
         TypeError, ValueError: `pid` is not a positive int.
         RuntimeError: there is no running loop.
-        ProcessLookupError: there is no such process, or it has ended and was reaped already.
+        ProcessLookupError: there is no such process, or it has ended and was reaped already; or `pid` is a thread's ID.
         OSError: EMFILE, ENFILE, out of descriptors; ENOSYS, EPERM, EACCES, pidfds are forbidden here.
     """
     check_pid(pid)
