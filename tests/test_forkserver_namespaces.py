@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from aiopidfd import _linux
+from aiopidfd import _linux, _proc
 from aiopidfd._backend import probe_pidfd
 
 from .children import undebugged_environment
@@ -184,7 +184,7 @@ def test_pid_of_a_pidfd_is_told_by_proc_where_the_kernel_does_not(monkeypatch: p
         with monkeypatch.context() as patch:
             patch.setattr(_linux, "lib", OlderKernel)
             assert _linux.get_pid(pidfd) == os.getpid()
-            patch.setattr(os, "getpid", lambda: 999_999)  # of another namespace than /proc
-            assert _linux.get_pid(pidfd) == 0
+            patch.setattr(_proc, "_find_mismatch", lambda: "is that of another PID namespace")
+            assert _linux.get_pid(pidfd) is None
     finally:
         os.close(pidfd)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,11 @@ def check_now() -> None:
     registry.collect()
 
 
+def is_zombie(pid: int) -> bool:
+    """Whether its main thread has ended."""
+    return b" Z " in Path(f"/proc/{pid}/stat").read_bytes()
+
+
 async def watch(stranger: Stranger) -> asyncio.Task[ExitStatus]:
     """What waits for it."""
     waiting = asyncio.ensure_future(wait(stranger.pid))
@@ -68,7 +74,7 @@ async def end_and_reap(stranger: Stranger, waiting: asyncio.Task[ExitStatus], ba
 async def test_stranger_whose_main_thread_has_ended_is_alive(backend: str) -> None:
     with Stranger(sys.executable, "-c", _HEADLESS) as stranger:
         deadline = time.monotonic() + 20
-        while b" Z " not in open(f"/proc/{stranger.pid}/stat", "rb").read():  # noqa: SIM115 - for an instant
+        while not is_zombie(stranger.pid):
             assert time.monotonic() < deadline
         waiting = await watch(stranger)
         check_now()
@@ -214,16 +220,18 @@ async def main():
     os.write(write, b"x")
     status = await asyncio.wait_for(waiting, 10)
     print(status.returncode, status.source)
+IMPORT
 if os.fork() == 0:
     os.setgid(65534)
     os.setuid(65534)
-    LOOP
+    loop = MAKE_LOOP()
     loop.run_until_complete(main())
     loop.close()
     sys.stdout.flush()
     os._exit(0)
+os.close(write)
 os.read(read, 1)
-stranger.communicate(b"x")
+stranger.communicate(b"x\\n")
 sys.exit(os.wait()[1])
 """
 
@@ -236,8 +244,8 @@ def test_children_and_strangers_are_waited_for_whatever_proc_shows(
     command = f'exec {_WORLDS[world]} "$@"'
     if subprocess.run(["sh", "-c", command, "sh", "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("namespaces cannot be made here")
-    made = f"import {loop_factory.__module__} as m; loop = m.{loop_factory.__qualname__}()"
-    program = _PROGRAM.replace("LOOP", made)
+    module, name = loop_factory.__module__, loop_factory.__qualname__
+    program = _PROGRAM.replace("IMPORT", f"import {module} as m").replace("MAKE_LOOP", f"m.{name}")
     result = subprocess.run(
         ["sh", "-c", command, "sh", sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
