@@ -254,9 +254,9 @@ def test_zombie_that_its_loop_has_not_seen_is_reaped_as_the_loop_is_closed(loop_
 
     async def watch(child: Held) -> None:
         PidfdWatcher().add_child_handler(child.pid, print)
-        child.end_unreaped(0)
 
     with one_held() as child:
         loop.run_until_complete(watch(child))
+        child.end_unreaped(0)
         loop.close()
         assert child.pid not in children()
