@@ -93,6 +93,8 @@ async def drop():
         thread.join()
     else:
         kept.clear()
+    gc.collect()
+    assert log, "it is held by somebody"
     os.close(LEASH[0]), os.close(LEASH[1])
     deadline = time.monotonic() + 20
     while (has_children() or (descriptors() + 2, count_readers(loop)) != before) and time.monotonic() < deadline:

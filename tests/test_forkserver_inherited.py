@@ -191,10 +191,16 @@ def open_some():
     poll.register(left, select.EPOLLIN)
     return poll, left, right, os.pipe()
 
-mine = open_some()
+mine, renewed = open_some(), False
 
 def renew():
-    global mine
+    global mine, renewed
+    if renewed:  # in the server: its workers have what it has made, but for epoll descriptors, which they would share
+        poll = select.epoll()
+        poll.register(mine[1], select.EPOLLIN)
+        mine = poll, *mine[1:]
+        return
+    renewed = True
     for end in mine[:3]:
         end.close()
     for fd in mine[3]:

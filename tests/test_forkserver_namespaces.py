@@ -40,11 +40,17 @@ def seen_inside(pid):
 def run(main, *args):
     loop = aiopidfd.UvloopEventLoop if "uvloop" in sys.argv else aiopidfd.SelectorEventLoop
     try:
-        aiopidfd.run(main(*args), loop_factory=loop)
-    finally:
+        aiopidfd.run(asyncio.wait_for(main(*args), 20), loop_factory=loop)
+    except BaseException:
         for pid in inits:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            os.kill(pid, signal.SIGKILL)  # and with it all in its namespace, which it waits for
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitid(os.P_ALL, 0, os.WEXITED | 0x40000000)
+        raise
+    for pid in inits:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | 0x40000000)
     except ChildProcessError:
