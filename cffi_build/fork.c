@@ -18,6 +18,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -32,6 +33,20 @@ static int exit_code;
 void ap_set_exit_code(int code)
 {
     exit_code = code;
+}
+
+static struct stat ready_socket;
+
+void ap_note_ready_fd(int fd)
+{
+    (void)fstat(fd, &ready_socket);
+}
+
+int ap_is_ready_fd(int fd)
+{
+    struct stat found;
+
+    return fstat(fd, &found) == 0 && found.st_ino == ready_socket.st_ino && found.st_dev == ready_socket.st_dev;
 }
 
 void ap_reinit_fork_lock(void)

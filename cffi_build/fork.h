@@ -32,6 +32,12 @@ void ap_child_close_gate(ap_child *child);
 /* In a forked child: have it exit with `code`, or for a negative one be killed by that signal, whatever happens from now on. */
 void ap_set_exit_code(int code);
 
+/* In a forked child: note that it is to say on the socket `fd` that it is ready. */
+void ap_note_ready_fd(int fd);
+
+/* Return whether `fd` is still that socket. A child may have closed all descriptors, and opened others of the same numbers. */
+int ap_is_ready_fd(int fd);
+
 /* In any forked child: make the lock new by which forks take turns. It may be held by a thread that does not exist here. */
 void ap_reinit_fork_lock(void);
 

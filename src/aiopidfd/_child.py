@@ -22,7 +22,7 @@ from ._child_exit import begin, finish, flush_streams, print_exception
 from ._child_loop import forget_current_loop
 from ._child_signals import reset_signals
 from ._gate import READY
-from ._linux import detach_epolls, set_exit_code, set_pdeathsig, set_signal_mask
+from ._linux import detach_epolls, is_ready_fd, note_ready_fd, set_exit_code, set_pdeathsig, set_signal_mask
 
 Ready = Literal["auto", "manual"]
 
@@ -128,6 +128,7 @@ def settle(options: Options, gate: int, mask: int) -> None:
         os.kill(os.getpid(), pdeathsig)  # the parent has died already, and nobody will tell us any more
     global _ready_fd  # noqa: PLW0603 - a process is born once
     _ready_fd = gate
+    note_ready_fd(gate)
     set_signal_mask(mask)
 
 
@@ -135,13 +136,15 @@ def notify_ready() -> None:
     """In a child forked with `ready="manual"`: let the parent's `afork` return. A second call does nothing.
 
     Raises:
-        RuntimeError: this process was not made by `afork`.
+        RuntimeError: this process was not made by `afork`; or it has closed the descriptor to say so on, as one of all.
     """
     global _ready_fd
     if _ready_fd is None:
         raise RuntimeError("notify_ready() is for a child made by afork()")
     fd, _ready_fd = _ready_fd, -1
     if fd >= 0:
+        if not is_ready_fd(fd):  # closed, or a stranger's by now
+            raise RuntimeError("notify_ready() was called after its descriptor was closed; call it before you close all")
         try:
             os.write(fd, READY)
             os.sched_yield()  # to the parent: on the same CPU it would have to wait for the end of our time slice
@@ -155,14 +158,14 @@ def take_ready_fd() -> int:
     """Return the descriptor on which the parent is still to be told that we are ready, to be closed; -1 if it is not."""
     global _ready_fd
     fd, _ready_fd = _ready_fd, -1
-    return -1 if fd is None else fd
+    return -1 if fd is None or not is_ready_fd(fd) else fd
 
 
 def forget_readiness() -> None:
     """In a child of an aforked child: the readiness to tell of is not ours."""
     global _ready_fd
     fd, _ready_fd = _ready_fd, None
-    if fd is not None and fd >= 0:
+    if fd is not None and fd >= 0 and is_ready_fd(fd):
         os.close(fd)
 
 

@@ -39,6 +39,8 @@ def begin() -> None:
     global _first_number  # noqa: PLW0603 - a process is born once
     _first_number = _last_fork
     _clear_atexit()
+    if isinstance(threading.main_thread(), threading._DummyThread):  # forked by a thread that C has made; see _shutdown()
+        threading._main_thread = threading._MainThread()  # type: ignore[attr-defined] # not in typeshed
     if "multiprocessing.util" in sys.modules:
         try:
             _begin_multiprocessing(sys.modules["multiprocessing.util"], sys.modules["multiprocessing.process"])

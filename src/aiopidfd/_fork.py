@@ -102,9 +102,8 @@ async def start_child(
     gate = gates.make(loop)
     try:
         child = _fork(child, gate, _child.Birth(child_func, options, loop, copy_context()), fork_)
-        status = None if await gate.said else await await_ready(child, gate.said)
-        if status is not None:
-            raise ChildStartError(f"child process {child.pid} ended before it was ready: {status!r}", status)
+        if not await gate.said:
+            await await_ready(child, gate.said, f"child process {child.pid}")
         end.future.remove_done_callback(gate.hear_end)
         gates.close(gate)
         child._detached = False
@@ -237,18 +236,25 @@ def _after_fork_in_child() -> None:
         _child.forget_readiness()
 
 
-async def await_ready(child: AbstractChildProcess, said: asyncio.Future[bool]) -> ExitStatus | None:
-    """Wait until the child has said something; return None, or how it ended if it said that it never will be ready."""
+async def await_ready(
+    child: AbstractChildProcess, said: asyncio.Future[bool], who: str, explain: Callable[[], str] = str
+) -> None:
+    """Wait until the child is ready. ChildStartError, which ends with what `explain` returns: it never will be."""
     end: asyncio.Future[ExitStatus] = child._end.future
     await asyncio.wait({said, cast("asyncio.Future[bool]", end)}, return_when=asyncio.FIRST_COMPLETED)
     if said.done() and said.result():
-        return None
+        return
+    why = "ended before it was ready"
     if not end.done():  # it has closed its end of the gate: in dying, we trust
         await asyncio.wait([end], timeout=_SILENCE_S)
         if not end.done():
-            child._asked_to_end = True
-            child.kill()
-    return await asyncio.shield(end)
+            kill(child)
+            why = (
+                "was killed, since it called exec or closed all descriptors before it was ready; "
+                "call notify_ready() before that, or use ready='auto'"
+            )
+    status = await asyncio.shield(end)
+    raise ChildStartError(f"{who} {why}: {status!r}{explain()}", status)
 
 
 def kill(child: AbstractChildProcess) -> None:

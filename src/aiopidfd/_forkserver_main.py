@@ -144,6 +144,7 @@ def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], ob
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
     os.close(server.wire.detach())
     _child_exit.begin()  # while it waits for its order
+    os.set_inheritable(fds[0], False)  # socket.recv_fds may not have heeded its flags
     gate = _Gate(fds[0])
     manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
     numbers = struct.unpack(f"={count}i", gate.read(4 * count)) if count else ()

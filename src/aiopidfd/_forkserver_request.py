@@ -15,7 +15,6 @@ from typing import Union
 
 from . import _fork, _linux
 from ._child import Options
-from ._fork import ChildStartError
 from ._forkserver_end import LastResort
 from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
 from ._gate import READY
@@ -240,12 +239,12 @@ class Request:
         worker = await asyncio.shield(self.outcome)
         if not isinstance(worker, AbstractChildProcess):
             raise OSError(worker.errno, worker.strerror)  # a new one: many requests may share the server's end
-        status = await _fork.await_ready(worker, self.ready)
-        if status is not None:
-            self.read()  # it has ended, and its last words may not have been heard
-            text = f"\n{self.failure}" if self.failure else ""
-            raise ChildStartError(f"worker process {worker.pid} ended before it was ready: {status!r}{text}", status)
+        await _fork.await_ready(worker, self.ready, f"worker process {worker.pid}", self._explain)
         return worker
+
+    def _explain(self) -> str:
+        self.read()  # it has ended, and its last words may not have been heard
+        return f"\n{self.failure}" if self.failure else ""
 
     def dismiss(self) -> None:
         """Have the worker end, as soon as it is known that there is one."""

@@ -337,6 +337,8 @@ try_release: Final[Callable[[Any, int], int]] = lib.ap_child_release
 undo_child: Final[Callable[[Any, int], None]] = lib.ap_child_undo
 close_gate: Final[Callable[[Any], None]] = lib.ap_child_close_gate
 set_exit_code: Final[Callable[[int], None]] = lib.ap_set_exit_code
+note_ready_fd: Final[Callable[[int], None]] = lib.ap_note_ready_fd
+is_ready_fd: Final[Callable[[int], int]] = lib.ap_is_ready_fd
 reinit_fork_lock: Final[Callable[[], None]] = lib.ap_reinit_fork_lock
 
 

@@ -1,0 +1,78 @@
+"""Readiness that goes wrong: descriptors that are closed before, exec; and forks by threads that C has made."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from aiopidfd import ChildStartError, _fork, afork, notify_ready
+
+from .conftest import LoopFactory, run_on
+from .workers import fork_server
+
+
+def _close_all_and_say(path: Path) -> None:
+    os.closerange(3, 256)
+    for _ in range(253):
+        os.open(path, os.O_RDWR | os.O_APPEND)  # all numbers are somebody else's now
+    try:
+        notify_ready()
+    except RuntimeError:
+        for fd in range(3, 256):
+            os.fstat(fd)
+        os._exit(7)
+
+
+async def test_readiness_is_not_written_into_a_strangers_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(ChildStartError) as caught:
+        await afork(lambda: _close_all_and_say(path), ready="manual")
+    assert caught.value.exit_status.returncode == 7
+    async with fork_server() as server:
+        with pytest.raises(ChildStartError) as caught:
+            await server.afork(_close_all_and_say, path, ready="manual")
+        assert caught.value.exit_status.returncode == 7
+    assert path.stat().st_size == 0
+
+
+def _exec_away() -> None:
+    os.execv("/bin/sleep", ["sleep", "60"])
+
+
+async def test_exec_before_readiness_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fork, "_SILENCE_S", 0.05)
+    with pytest.raises(ChildStartError, match=r"process \d+ was killed, since it called exec .*notify_ready") as caught:
+        await afork(_exec_away, ready="manual")
+    assert caught.value.exit_status.returncode == -signal.SIGKILL
+    async with fork_server() as server:
+        with pytest.raises(ChildStartError, match="called exec"):
+            await server.afork(_exec_away, ready="manual")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_fork_by_a_thread_that_c_has_made(loop_factory: LoopFactory) -> None:
+    codes: list[int] = []
+
+    def child() -> int:
+        thread = threading.Thread(target=int)
+        thread.start()
+        return 5 if threading.current_thread() is threading.main_thread() else 6
+
+    async def fork_once() -> int:
+        return await (await afork(child)).wait()
+
+    def run(_: object) -> None:
+        threading.current_thread()
+        codes.append(run_on(loop_factory, fork_once()))
+
+    start = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(run)
+    pthread, ident = ctypes.PyDLL(None), ctypes.c_ulong()
+    pthread.pthread_create(ctypes.byref(ident), None, start, None)
+    ctypes.CDLL(None).pthread_join(ident, None)
+    assert codes == [5]
