@@ -33,6 +33,8 @@ class Collector:
     ours and call us. But for such a handler, no user's code is called while it is held.
     """
 
+    inherited = False  # of the parent's, in a forked child in which the loop may go on
+
     def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], object]) -> None:
         """Open the backend and register it with `loop`. `on_end` is called when the loop is closed, or gone.
 

@@ -79,6 +79,17 @@ class Gates:
         """Return the gate, unless it was closed."""
         return self._gates.get(number)
 
+    def forget(self) -> None:
+        """In a forked child, where their descriptors are closed: know none of the numbers, and undo nothing."""
+        for gate in self._gates.values():
+            gate.struct.gate = gate.struct.pidfd = -1
+            gate.is_watched = True
+
+    def give_up(self) -> None:
+        """Say of each, in the loop's thread, that its child will never be ready here."""
+        for gate in self._gates.values():
+            gate.tell()
+
     def close(self, gate: Gate) -> None:
         """Close it, if it is open. A child that still stands there ends."""
         self._gates.pop(gate.number, None)

@@ -379,6 +379,8 @@ def _is_uring_worker(thread: str) -> bool:
 
 # The C contracts are in cffi_build/epolls.h. Looked up here: what cffi makes at the first use of a function, each forked
 # child would make anew.
+is_expected_child: Final[Callable[[], int]] = lib.ap_is_expected_child
+occupy: Final[Callable[[int], None]] = lib.ap_occupy
 _detach_epolls: Final = lib.ap_detach_epolls
 
 if lib.ap_hook_forks() < 0:

@@ -50,7 +50,7 @@ class LoopLink:
         on_end: Callable[[], object],
     ) -> None:
         """Have `on_readable` called when `fd` is readable, and `on_end` when the loop is closed or gone."""
-        self._loop = loop
+        self._loop: Callable[[], asyncio.AbstractEventLoop | None] = loop
         self._fd = fd
         self._nests = can_nest(loop())
         listener = _Listener(on_readable, on_end)
@@ -61,6 +61,12 @@ class LoopLink:
         loop = self._loop()
         if loop is not None:
             add_reader(loop, self._fd, listener)
+
+    def drop(self) -> None:
+        """Take the reader back, and call nothing any more."""
+        loop, self._loop = self._loop(), _no_loop
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(self._fd)
 
     def renew(self) -> None:
         """Be callable by the loop even if it is run again inside the call that is going on."""
@@ -98,6 +104,10 @@ class LoopLink:
         except RuntimeError:
             if not loop.is_closed():  # by now: then there is nothing to be called any more
                 raise
+
+
+def _no_loop() -> None:
+    return None
 
 
 class _Listener:

@@ -7,13 +7,16 @@ import os
 import weakref
 from _thread import RLock
 
-from ._linux import let_go
+from ._continued import inherit, leave
+from ._linux import is_expected_child, let_go
 from ._registry import Registry
 from ._sigchld import forget_after_fork, settle_abandoned
 
 # By the id of their loop, which owns its registry. A registry goes as it is closed, which it is before its loop is gone;
 # should a loop not see to that, another one may have its id: hence the look at whose it is.
 _registries: dict[int, weakref.ReferenceType[Registry]] = {}
+# Those of a process that this one was forked from, in the same way: their loops may go on here.
+_inherited: dict[int, weakref.ReferenceType[Registry]] = {}
 _lock = RLock()  # re-entrant as the registries' own, for Python signal handlers
 # What the threading module calls in a child; a new lock would cost ten pages.
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
@@ -47,9 +50,17 @@ def _make(loop: asyncio.AbstractEventLoop) -> Registry:
             if not _hooked:
                 os.register_at_fork(after_in_child=_after_fork_in_child)
                 _hooked = True
+            _leave_inherited(loop)
             registry = Registry(loop, _forget)
             _registries[id(loop)] = weakref.ref(registry)
     return registry
+
+
+def _leave_inherited(loop: asyncio.AbstractEventLoop) -> None:
+    known = _inherited.pop(id(loop), None)
+    registry = None if known is None else known()
+    if registry is not None and registry.loop() is loop:
+        leave(registry)
 
 
 def _forget(registry: Registry) -> None:
@@ -69,9 +80,13 @@ def _after_fork_in_child() -> None:
     # Each page that this writes to, and each function that it calls, is a page or more to be copied: so it is short.
     let_go()
     _reinit_lock()  # another thread of the parent may have held it
-    for known in _registries.values():
+    is_ours = is_expected_child()  # by afork or a fork server: it gives up its parent's loops
+    for key, known in _registries.items():
         registry = known()
         if registry is not None:
             registry.closed = True
+            if not is_ours:
+                inherit(registry)
+                _inherited[key] = known
     _registries.clear()
     forget_after_fork()

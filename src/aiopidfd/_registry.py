@@ -266,6 +266,8 @@ class Registry(Collector):
     def close(self) -> None:
         """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
         if self.closed:
+            if self.inherited:
+                self._reaper.close()
             return
         with self._lock:
             if self.closed:
