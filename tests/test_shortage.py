@@ -81,6 +81,32 @@ async def test_pipes_for_which_there_is_no_room_start_nothing_and_leave_nothing(
     assert children() == set()
 
 
+@pytest.mark.parametrize("streams", [{"stdout": subprocess.DEVNULL}, {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}])
+async def test_running_programs_give_descriptors_to_one_that_has_streams(streams: dict[str, Any]) -> None:
+    with few_descriptors(20):
+        programs = [await start("/bin/sleep", "1000") for _ in range(30)]
+        program = await start("/bin/sh", "-c", "cat; exit 7", **{"stdin": subprocess.DEVNULL, **streams})
+        await asyncio.wait_for(program.communicate(b"" if "stdin" in streams else None), 20)
+        assert program.returncode == 7
+        for number, one in enumerate(programs):
+            one.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
+        codes = await asyncio.wait_for(asyncio.gather(*[one.wait() for one in programs]), 20)
+    assert codes == [-signal.SIGKILL if number % 2 else -signal.SIGTERM for number in range(30)]
+
+
+async def test_program_that_has_ended_unnoticed_gives_its_descriptor_and_keeps_its_status() -> None:
+    read, write = os.pipe()
+    with few_descriptors(20):
+        programs = [await start("/bin/sh", "-c", "read line; exit 5", stdin=read) for _ in range(30)]
+        os.close(read)
+        os.close(write)
+        for program in programs:
+            os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)  # the loop does not run meanwhile
+        last = await start("/bin/cat", stdin=PIPE, stdout=PIPE)
+        await asyncio.wait_for(last.communicate(b""), 20)
+        assert [await program.wait() for program in (*programs, last)] == [5] * 30 + [0]
+
+
 async def test_many_programs_at_once_without_a_descriptor_keep_their_returncodes_apart() -> None:
     await (await start("/bin/true")).wait()
     with few_descriptors(0):

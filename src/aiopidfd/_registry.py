@@ -201,6 +201,21 @@ class Registry(Collector):
             child = self._children[pid] = make_child(pid, pidfd, self._pidfd, key, observer)
             return child
 
+    def watch_by_sigchld(self, child: Child) -> bool:
+        """Close the pidfd of a watched child, and watch it on by SIGCHLD; return whether there was one to close."""
+        with self._lock:
+            if child.pidfd < 0 or self._children.get(child.pid) is not child:
+                return False
+            sigchld = self._get_sigchld()
+            try:
+                sigchld.add(child.pid, _CHECK_CHILD)
+            except OSError:  # ESRCH, ECHILD: somebody else has reaped it, or we have just now: its pidfd tells how it ended
+                return False
+            child.backend.remove(child.pid, child.pidfd)
+            child.backend, child.pidfd = sigchld, -1
+            self._start_checking()
+            return True
+
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
         if self.closed:

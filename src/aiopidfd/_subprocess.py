@@ -14,11 +14,13 @@ from typing import Any
 from ._backend import logger
 from ._births import Birth, expect_birth, kill, observe_birth, undo_birth
 from ._exit import ExitStatus
+from ._linux import OUT_OF_DESCRIPTORS
 from ._loop_link import can_nest
 from ._orphans import ENDED
 from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
 from ._registries import registry_of
 from ._registry import Registry
+from ._shortage import free_descriptors
 from ._spawn import start
 from ._thief import warn_lost
 from ._watched import Child
@@ -93,7 +95,12 @@ async def _start(
     birth = expect_birth(registry)
     process = transport = None
     try:
-        process = start(birth, args, *streams, **kwargs)
+        try:
+            process = start(birth, args, *streams, **kwargs)
+        except OSError as exc:
+            if exc.errno not in OUT_OF_DESCRIPTORS or birth.pid or not free_descriptors(registry):
+                raise
+            process = start(birth, args, *streams, **kwargs)
         transport = SubprocessTransport(loop, registry, protocol, process, birth)
         transport._connect()
         if loop.get_debug():
