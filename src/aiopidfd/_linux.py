@@ -318,11 +318,7 @@ def new_child() -> Any:
 
 
 def fork_child(struct: Any, reaper: int, number: int, live: Live, fork: Callable[[], int] | None) -> None:
-    """Make a gate and fork, by `fork` or else by clone(2); the child calls `live` and ends. What is made is in `struct`.
-
-    By clone(2) only in the one thread of a process that has no other. The C contract is in cffi_build/fork.h, the errnos of
-    clone(2) are in clone.h. EMFILE, ENFILE: out of descriptors.
-    """
+    """Make a gate and fork, by `fork` or else by clone(2), as fork.h and clone.h say; what is made is in `struct`."""
     failures: list[BaseException] = []
     result = lib.ap_child_fork(struct, reaper, number, 0 if fork is None else id(fork), id(live), id(failures))
     if result > 0:
