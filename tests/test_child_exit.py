@@ -6,6 +6,7 @@ import atexit
 import concurrent.futures.process
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -45,11 +46,16 @@ class Pipe:
         os.write(self.write, f"{text}\n".encode())
 
     def lines(self) -> list[str]:
-        """What was said until nobody could say more."""
+        """What was said until nobody could say more, for which those who said it have ended."""
         os.close(self.write)
         self.write = -1
-        with os.fdopen(os.dup(self.read)) as heard:
-            return heard.read().split()
+        heard = b""
+        while select.select([self.read], [], [], 10)[0]:
+            part = os.read(self.read, 65536)
+            if not part:
+                return heard.decode().split()
+            heard += part
+        pytest.fail("somebody who can say more has not ended")
 
 
 @pytest.fixture
@@ -171,7 +177,7 @@ async def test_daemonic_processes_of_the_child_are_ended_and_others_waited_for(
         pipe.say(text)
 
     def child() -> int | None:
-        FORK.Process(target=say_later, args=(60, "daemon"), daemon=True).start()
+        FORK.Process(target=say_later, args=(30, "daemon"), daemon=True).start()
         FORK.Process(target=say_later, args=(0, "other")).start()
         atexit.register(os.write, go[1], b"x")
         atexit.register(pipe.say, "atexit")
