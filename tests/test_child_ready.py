@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,24 @@ async def test_readiness_is_not_written_into_a_strangers_descriptor(tmp_path: Pa
     assert path.stat().st_size == 0
 
 
-def _exec_away() -> None:
-    os.execv("/bin/sleep", ["sleep", "60"])
+def _exec_away(*command: str) -> None:
+    os.execv(f"/bin/{command[0]}", command)
 
 
-async def test_exec_before_readiness_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fork, "_SILENCE_S", 0.05)
-    with pytest.raises(ChildStartError, match=r"process \d+ was killed, since it called exec .*notify_ready") as caught:
-        await afork(_exec_away, ready="manual")
-    assert caught.value.exit_status.returncode == -signal.SIGKILL
+async def test_exec_before_readiness_is_a_clear_error() -> None:
+    with pytest.raises(ChildStartError, match=r"process \d+ called exec before it was ready.*notify_ready\(\)"):
+        await afork(partial(_exec_away, "sleep", "60"), ready="manual")
     async with fork_server() as server:
-        with pytest.raises(ChildStartError, match="called exec"):
-            await server.afork(_exec_away, ready="manual")
+        with pytest.raises(ChildStartError, match="called exec before it was ready"):
+            await server.afork(_exec_away, "sleep", "60", ready="manual")
+
+
+async def test_exec_before_readiness_is_an_error_where_proc_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fork, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(_fork, "has_called_exec", lambda _: False)
+    with pytest.raises(ChildStartError, match=r"process \d+ called exec, or closed .*notify_ready") as caught:
+        await afork(partial(_exec_away, "sleep", "60"), ready="manual")
+    assert caught.value.exit_status.returncode == -signal.SIGKILL
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

@@ -22,6 +22,7 @@ from ._child_exit import flush_streams, note_inherited
 from ._exit import ExitStatus
 from ._gate import Gate
 from ._linux import reinit_fork_lock
+from ._proc import has_called_exec
 from ._process import AbstractChildProcess, End, expect_child, watch_expected
 from ._registry import Registry
 
@@ -245,14 +246,14 @@ async def await_ready(
     if said.done() and said.result():
         return
     why = "ended before it was ready"
-    if not end.done():  # it has closed its end of the gate: in dying, we trust
-        await asyncio.wait([end], timeout=_SILENCE_S)
-        if not end.done():
+    if not end.done():  # it has closed its end of the gate: in dying, we trust, unless it has called exec
+        cause = "called exec" if has_called_exec(child.pid) else ""
+        if not cause:
+            await asyncio.wait([end], timeout=_SILENCE_S)
+            cause = "" if end.done() else "called exec, or closed all descriptors,"
+        if cause:
             kill(child)
-            why = (
-                "was killed, since it called exec or closed all descriptors before it was ready; "
-                "call notify_ready() before that, or use ready='auto'"
-            )
+            why = f"{cause} before it was ready, and was killed; call notify_ready() before that, or use ready='auto'"
     status = await asyncio.shield(end)
     raise ChildStartError(f"{who} {why}: {status!r}{explain()}", status)
 

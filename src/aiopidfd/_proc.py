@@ -7,6 +7,7 @@ Facts that this rests on:
 * Mounted with hidepid=1 it answers EPERM for other users' processes, with hidepid=2 ENOENT as for those that have ended.
 * /proc/PID/stat: the time of the start tells a process from a later one of the same pid. State Z is that of the main thread:
   the process has ended once there is no other thread (num_threads is 1; the main thread counts until it is reaped).
+* Its flags (the ninth field) have PF_FORKNOEXEC from the fork until exec, also once it is a zombie.
 * kill(pid, 0) answers ESRCH if nobody has the number, EPERM if another user's process has it. A zombie has it, too, and so
   has a thread.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import os
 from typing import NamedTuple
+
+_PF_FORKNOEXEC = 0x40
 
 
 def find_obstacle() -> str | None:
@@ -68,6 +71,16 @@ def look_at(pid: int) -> Sight | None:
         if len(fields) > 19 and _find_mismatch() is None:
             return None if is_thread else Sight(fields[19], fields[0] in (b"Z", b"X") and int(fields[17]) <= 1)
     return Sight(None, has_ended=False) if _is_there(pid) else None
+
+
+def has_called_exec(pid: int) -> bool:
+    """Return whether a child that was not reaped has called exec since it was forked; False where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            flags = int(stat.read().rpartition(b")")[2].split()[6])
+    except OSError:  # ENOENT, ESRCH: it was reaped by now, or there is no /proc. EMFILE, ENFILE
+        return False
+    return not flags & _PF_FORKNOEXEC and _find_mismatch() is None
 
 
 def read_pid(pidfd: int) -> int | None:
