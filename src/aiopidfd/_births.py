@@ -64,6 +64,10 @@ def expect_birth(registry: Registry) -> Birth:
 def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child:
     """Observe a program that was started; once more, to have another observer. Raises as Registry.observe."""
     pid, pidfd = birth.pid, birth.pidfd
+    # What stands in for Popen may make numbers up.
+    is_new = birth.popen is None or type(birth.popen).__module__ == "subprocess"
+    if is_new and birth in registry.births:
+        registry.take_number(pid)
     with registry._lock:
         registry.births.discard(birth)
         child = registry._children.get(pid)
@@ -72,7 +76,7 @@ def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child
         elif birth.is_held:
             child = registry.observe_spawned(pid, pidfd, birth, observer)
         else:
-            child = registry.observe(pid, birth, observer, pidfd=pidfd)
+            child = registry.observe(pid, birth, observer, pidfd=pidfd, new=is_new)
     if birth.popen is not None:
         birth.popen._child_created = False  # type: ignore[attr-defined] # as in _spawn._Process
     return child

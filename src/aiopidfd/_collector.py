@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -134,6 +135,35 @@ class Collector:
             self.link.call_later(CHECK_INTERVAL_S, self._check)
             self._note(self._sigchld.check())
         self.collect()
+
+    def retire(self, pid: int) -> None:
+        """Report the end of a process that is watched by pid alone: its number is a new child's."""
+        if not self.closed:
+            with self._lock:
+                child = self._children.get(pid)
+                if child is not None and child.backend is self._sigchld:
+                    self._retire(child)
+
+    def _retire(self, child: Child) -> None:
+        """Report the end of a process that was reaped by somebody else, and whose number is another process's."""
+        pid, record = child.pid, (child.pid, -1, 0, _reaper.SOURCE_LOST, b"")
+        if child.backend is self._pidfd:
+            with contextlib.suppress(OSError):  # of the reaper's, or this kernel does not tell
+                for _ in range(2 + len(self._children)):  # it is among the ready, at most so many batches away
+                    if child.end is not None:
+                        break
+                    self._reap()
+                else:
+                    status = _linux.get_exit(child.pidfd)
+                    if status is not None:
+                        record = pid, -1, status, _reaper.SOURCE_RECOVERED, b""
+        if child.end is None:
+            del self._children[pid]
+            self._reaper.keep_open(child.pidfd)
+            child.backend.remove(pid, child.pidfd)
+            child.end, child.pidfd = record, -1
+            self._ends.untold.append(child)
+        self.link.call_soon(self.collect)
 
     def _give_up_stranger(self, child: Child) -> None:
         """Report the end of a process whose parent does not reap it, so that its status is not told."""

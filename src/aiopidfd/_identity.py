@@ -13,9 +13,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from typing import Optional, Union
+from typing import Final, Optional, Union
 
 from . import _linux
+from ._proc import look_at
+
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 Identity = Optional[Union[int, bytes]]
 """The inode number of the pidfd; where there is no such thing the time of the start; None: nothing tells."""
@@ -35,9 +38,8 @@ def inode_of(pid: int, pidfd: int = -1) -> int | None:
     if pidfd >= 0:
         found = os.fstat(pidfd)
         return None if found.st_dev == _anonymous_device() else found.st_ino
-    try:
-        pidfd = _linux.open_pidfd(pid)
-    except OSError:  # ESRCH; EMFILE, ENFILE; or pidfds are forbidden
+    pidfd = _linux.try_open_pidfd(pid)
+    if pidfd < 0:  # ESRCH; EMFILE, ENFILE; or pidfds are forbidden
         return None
     try:
         return inode_of(pid, pidfd)
@@ -47,11 +49,14 @@ def inode_of(pid: int, pidfd: int = -1) -> int | None:
 
 def started_at(pid: int) -> bytes | None:
     """Return when the process was started, a zombie's too; None if /proc does not tell, or there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    sight = look_at(pid)
+    return None if sight is None else sight.started
+
+
+def is_started_after(pid: int, boot_time_s: float) -> bool:
+    """Return whether a process has the number that was started after that time, by more than the clock of /proc can miss."""
+    started = started_at(pid)
+    return started is not None and int(started) > int(boot_time_s * _TICKS_PER_S)
 
 
 @functools.cache

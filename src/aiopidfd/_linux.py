@@ -68,6 +68,10 @@ def open_pidfd(pid: int) -> int:
     return fd
 
 
+# Do the same, and return minus the errno where that raises.
+try_open_pidfd: Final[Callable[[int], int]] = lib.ap_pidfd_open
+
+
 def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
     """Signal the process behind `pidfd` and no other. ESRCH once it was reaped. See pidfd_send_signal(2)."""
     result = lib.ap_pidfd_send_signal(pidfd, signal, flags)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import weakref
 from collections.abc import Callable
 from contextvars import copy_context
 from signal import SIGKILL
@@ -16,8 +17,11 @@ from ._births import end_births
 from ._collector import Collector
 from ._gate import Gate
 from ._orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
-from ._sigchld import SigchldBackend, abandon
+from ._sigchld import SigchldBackend, abandon, claim, is_used
 from ._watched import Args, Child, Observer, make_child
+
+# Those that may watch children by pid alone.
+_by_pid: weakref.WeakSet[Registry] = weakref.WeakSet()
 
 _try_add = _reaper.try_add
 _CHECK_CHILD = _reaper.ADD_CHECK_CHILD
@@ -54,6 +58,7 @@ class Registry(Collector):
         stranger: bool = False,
         pidfd: int = -1,
         backend: Choice = "auto",
+        new: bool = False,
     ) -> Child:
         """Have `observer` called with the ExitStatus of `pid`, or with pid, returncode, *args, once, in the loop's thread.
 
@@ -64,6 +69,7 @@ class Registry(Collector):
             stranger: watch it even if it is not a child of ours.
             pidfd: an open pidfd of the process, ours from now on if this call succeeds.
             backend: how to watch it, if it is not watched yet.
+            new: it has just been made, so that whoever had its number is gone; `take_number` was called.
 
         Raises:
             OSError: as Backend.add.
@@ -72,7 +78,10 @@ class Registry(Collector):
         with self._lock:
             self._check_open()
             child = self._children.get(pid)
-            if child is None or self._is_of_the_past(child):
+            if child is not None and (new or child.backend.is_recycled(pid, child.pidfd)):
+                self._retire(child)
+                child = None
+            if child is None:
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
             elif pidfd >= 0:
                 os.close(pidfd)
@@ -114,7 +123,7 @@ class Registry(Collector):
         struct = gate.struct
         pid = struct.pid
         with self._lock:
-            if pid in self._children or self.closed or child.backend is not self._pidfd or struct.pidfd >= 0:
+            if pid in self._children or self.closed or child.backend is not self._pidfd or struct.pidfd >= 0 or is_used():
                 return False
             if _linux.try_release(struct, self._reaper.fd) < 0:
                 return False
@@ -137,17 +146,6 @@ class Registry(Collector):
                 _linux.undo_child(gate.struct, self._reaper.fd)
                 return False
             return True
-
-    def _is_of_the_past(self, child: Child) -> bool:
-        """Return whether `child` was reaped by somebody else and its number is another process's; if so, it will be told."""
-        if not child.backend.is_recycled(child.pid, child.pidfd):
-            return False
-        for _ in range(2 + len(self._children)):  # the reaper has it among the ready, at most so many batches away
-            if child.end is not None:
-                break
-            self._reap()
-        self.link.call_soon(self.collect)
-        return child.end is not None
 
     def _add(self, pid: int, pidfd: int, choice: Choice, *, check: bool, stranger: bool, peek: bool) -> Child:
         backend: Backend = self._pidfd if choose(choice) == "pidfd" else self._get_sigchld()
@@ -190,14 +188,15 @@ class Registry(Collector):
     def _get_sigchld(self) -> SigchldBackend:
         if self._sigchld is None:
             self._sigchld = SigchldBackend(self._reaper, self._plan_look)
+            _by_pid.add(self)
         return self._sigchld
 
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
-        """Observe a program whose pidfd the reaper holds since its birth."""
+        """Observe a program whose pidfd the reaper holds since its birth. `take_number` was called."""
         with self._lock:
             last = self._children.get(pid)
             if last is not None:
-                self._is_of_the_past(last)  # it is, and so is told
+                self._retire(last)
             child = self._children[pid] = make_child(pid, pidfd, self._pidfd, key, observer)
             return child
 
@@ -215,6 +214,13 @@ class Registry(Collector):
             child.backend, child.pidfd = sigchld, -1
             self._start_checking()
             return True
+
+    def take_number(self, pid: int) -> None:
+        """Have every loop that watches by pid alone, and the handler, know of a new child. Not under the lock."""
+        if is_used():
+            claim(pid)
+            for registry in tuple(_by_pid):
+                registry.retire(pid)
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
@@ -267,6 +273,8 @@ class Registry(Collector):
                 else:
                     child.backend.send_signal(child.pid, child.pidfd, signal)
             except ProcessLookupError:  # reaped by somebody else; we shall hear of it in a moment
+                if child.backend is self._sigchld and child.backend.is_recycled(child.pid, child.pidfd):
+                    self._retire(child)  # or the next end of that number would pass for its own
                 return ENDED
             return None
 

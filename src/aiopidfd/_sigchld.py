@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from . import _linux, _reaper
 from ._backend import Backend, logger
+from ._identity import inode_of, is_started_after
 from ._proc import look_at
 
 # How often the handler is checked, and every child asked for, while children are watched by it: what a replaced handler,
@@ -105,6 +106,18 @@ def forget_after_fork() -> None:
         _watched, _abandoned = 0, False
 
 
+def is_used() -> bool:
+    """Return whether any child of this process is known by pid alone, so that a new one of that number must be told of."""
+    return _watched > 0 or _abandoned
+
+
+def claim(pid: int) -> None:
+    """Have the handler not reap a new child that has the number of an abandoned one, which is gone."""
+    if _abandoned:
+        with _lock:
+            _linux.claim_abandoned(pid)
+
+
 def abandon(pids: list[int]) -> None:
     """Have the handler reap children whose loop is gone."""
     global _abandoned  # noqa: PLW0603 - the handler is the process's
@@ -143,7 +156,7 @@ def settle_abandoned() -> None:
 class SigchldBackend(Backend):
     """Watch children by pid. A chained SIGCHLD handler in C wakes the loop's reaper; then we look at what is dead."""
 
-    __slots__ = ("_look_after", "_pids", "_plan", "_planned_for", "_strangers", "is_due")
+    __slots__ = ("_identities", "_look_after", "_pids", "_plan", "_planned_for", "_strangers", "is_due")
 
     name = "sigchld"
 
@@ -154,6 +167,8 @@ class SigchldBackend(Backend):
         """
         reaper.add_wake(_linux.open_sigchld())
         self._pids = _reaper.Pids()
+        # What tells a child from a later one of its number: its inode, or (a float) when it was there, since the boot.
+        self._identities: dict[int, int | float] = {}
         # Processes that send us no SIGCHLD, by pid, with the time of their start, as far as it can be seen.
         self._strangers: dict[int, bytes | None] = {}
         self._plan = plan
@@ -176,6 +191,7 @@ class SigchldBackend(Backend):
                 raise _linux.error(errno.ECHILD, f"cannot watch pid {pid}") from exc
             self._strangers[pid] = sight.started
         else:
+            self._identities[pid] = inode_of(pid) or time.clock_gettime(time.CLOCK_BOOTTIME)
             if ended is not None:
                 _linux.name_to_sigchld(pid)
         return -1
@@ -194,10 +210,22 @@ class SigchldBackend(Backend):
 
     def remove(self, pid: int, pidfd: int) -> None:
         """Watch no longer."""
+        self._identities.pop(pid, None)
         if pid in self._strangers:
             del self._strangers[pid]
         elif self._pids.remove(pid):
             _count(-1)
+
+    def is_recycled(self, pid: int, pidfd: int) -> bool:
+        """Ask who has the number now."""
+        started = self._strangers.get(pid)
+        if started is not None:
+            sight = look_at(pid)
+            return sight is not None and sight.started not in (None, started)
+        known = self._identities.get(pid)
+        if isinstance(known, float):
+            return is_started_after(pid, known)
+        return known is not None and inode_of(pid) not in (None, known)
 
     def reap(self) -> Iterator[_reaper.Record]:
         """Reap those that signals have named, and look for others, if that is due; where there is doubt, plan to."""
@@ -238,7 +266,9 @@ class SigchldBackend(Backend):
         """Reap in one of the ways of `Pids` until there is no more."""
         while True:
             count, records = reap()
-            yield from records
+            for record in records:
+                self._identities.pop(record[0], None)
+                yield record
             if count:
                 self._pids.release()
                 _count(-count)
@@ -266,17 +296,24 @@ class SigchldBackend(Backend):
     def close(self) -> None:
         """Forget all: the loop is closed."""
         self._strangers.clear()
+        self._identities.clear()
         count, self._pids = len(self._pids), _reaper.Pids()
         if count:
             _count(-count)
 
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
-        """Signal by pid, which cannot be another's: nobody but us reaps, and the registry's lock keeps us from it."""
+        """Signal by pid, which is the child's until it is reaped: not by us meanwhile, for the registry's lock is held."""
+        self._check_is_there(pid)
         _signal_unreaped(pid, os.kill, pid, signal)
 
     def signal_group(self, pid: int, pidfd: int, pgid: int, signal: int) -> None:
         """Signal the group, whose number the child keeps, alive or a zombie."""
+        self._check_is_there(pid)
         _signal_unreaped(pid, os.killpg, pgid, signal)
+
+    def _check_is_there(self, pid: int) -> None:
+        if self.is_recycled(pid, -1):
+            raise _linux.error(errno.ESRCH, f"signal for process {pid}")
 
 
 def _signal_unreaped(pid: int, kill: Callable[[int, int], None], target: int, signal: int) -> None:

@@ -1,0 +1,158 @@
+"""A pid that is used again while its previous owner, which somebody else has reaped, was not reported yet."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aiopidfd import ExitStatus, PidfdChildProcess, PidfdWatcher, PosixChildProcess, _collector, wait
+from aiopidfd._backend import Choice
+from aiopidfd._identity import inode_of
+from aiopidfd._linux import can_recover_exit
+from aiopidfd._process import watch_forked
+from aiopidfd._registries import registry_of
+from tests.children import Held, one_held
+from tests.conftest import BACKENDS as AVAILABLE
+from tests.conftest import LoopFactory, run_on
+from tests.test_thief import drain, recycle, thief
+
+__all__ = ["recycle", "thief"]  # fixtures
+
+BACKENDS = ["pidfd"] if "pidfd" in AVAILABLE else []  # of the loop; of each child, its own
+
+Recycle = Callable[[int], int]
+PAIRS = [("pidfd", "pidfd"), ("pidfd", "sigchld"), ("sigchld", "pidfd"), ("sigchld", "sigchld")]
+
+
+@pytest.fixture(autouse=True)
+def distinguishable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip where nothing tells the two apart; put off the check, which would report the first in any case."""
+    if inode_of(os.getpid()) is None or not can_recover_exit():
+        pytest.skip("needs pidfds with inodes and PIDFD_INFO_EXIT (Linux 6.15)")
+    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 3600.0)
+
+
+def steal(child: Held, code: int) -> None:
+    """End the child and reap it, as somebody else would."""
+    child.end(code)
+    assert os.waitpid(child.pid, 0) == (child.pid, code << 8)
+
+
+def observe(pid: int, backend: Choice, how: str) -> asyncio.Future[int]:
+    """Observe a child by this backend; return its returncode to be."""
+    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def note(pid: int, returncode: int) -> None:
+        told.set_result(returncode)
+
+    def note_status(status: ExitStatus) -> None:
+        told.set_result(-1 if status.returncode is None else status.returncode)
+
+    registry = registry_of(asyncio.get_running_loop())
+    if how == "handler":
+        PidfdWatcher(backend=backend).add_child_handler(pid, note)
+    elif how == "peeking":
+        registry.observe(pid, told, note_status, reap=False, backend=backend)
+    elif how == "spawned" and backend == "pidfd":
+        registry.take_number(pid)
+        registry.observe_spawned(pid, registry._reaper.add(pid, 0), told, note_status)
+    elif how in ("forked", "spawned"):
+        registry.take_number(pid)
+        registry.observe(pid, told, note_status, check=False, backend=backend, new=True)
+    else:
+        registry.observe(pid, told, note_status, backend=backend)
+    return told
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize("by", ["handler", "peeking", "wait"])
+@pytest.mark.parametrize("then_by", ["handler", "spawned", "forked", "wait"])
+async def test_both_owners_of_a_number_are_reported(
+    first: Choice, second: Choice, by: str, then_by: str, recycle: Recycle
+) -> None:
+    with one_held() as child:
+        old = observe(child.pid, first, by)
+        await drain()
+        steal(child, 5)
+        order = recycle(child.pid)
+        new = observe(child.pid, second, then_by)
+        assert await asyncio.wait_for(old, 10) == (5 if first == "pidfd" else 255)
+        await drain()
+        assert not new.done()
+        os.write(order, b"6\n")
+        if second == "sigchld":
+            os.kill(os.getpid(), signal.SIGCHLD)  # what has made it has its end signalled to nobody
+        assert await asyncio.wait_for(new, 10) == 6
+
+
+@pytest.mark.parametrize("first", ["pidfd", "sigchld"])
+async def test_handle_of_a_new_child_is_not_that_of_the_last(first: Choice, recycle: Recycle) -> None:
+    with one_held() as child:
+        old = PosixChildProcess(child.pid) if first == "sigchld" else PidfdChildProcess(child.pid, os.pidfd_open(child.pid))
+        steal(child, 5)
+        order = recycle(child.pid)
+        new = watch_forked(child.pid, pgid=None)
+        assert await asyncio.wait_for(old.wait(), 10) == (5 if first == "pidfd" else 255)
+        os.write(order, b"6\n")
+        assert await asyncio.wait_for(new.wait(), 10) == 6
+
+
+async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: LoopFactory, recycle: Recycle) -> None:
+    """The other loop knows it by pid alone, and would reap the new child of this one."""
+    watching, go_on = threading.Event(), threading.Event()
+    told: list[int] = []
+
+    async def watch_elsewhere() -> None:
+        old = observe(child.pid, "sigchld", "handler")
+        watching.set()
+        told.append(await asyncio.wait_for(old, 10))
+        go_on.wait(10)
+
+    with one_held() as child:
+        thread = threading.Thread(target=lambda: run_on(loop_factory, watch_elsewhere()))
+        thread.start()
+        watching.wait(10)
+        steal(child, 5)
+        order = recycle(child.pid)
+        new = observe(child.pid, "pidfd", "spawned")
+        os.write(order, b"6\n")
+        assert await asyncio.wait_for(new, 10) == 6
+        go_on.set()
+        thread.join()
+        assert told == [255]
+
+
+def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: LoopFactory, recycle: Recycle) -> None:
+    async def abandon() -> None:
+        observe(child.pid, "pidfd", "handler")
+
+    async def use() -> None:
+        registry_of(asyncio.get_running_loop()).take_number(child.pid)
+        os.write(order, b"6\n")
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert (await wait(child.pid)).source == "reaped"
+
+    with one_held() as child:
+        run_on(loop_factory, abandon())
+        steal(child, 5)
+        order = recycle(child.pid)
+        run_on(loop_factory, use())
+
+
+async def test_signal_does_not_reach_the_next_child_of_that_number(recycle: Recycle, caplog: Any) -> None:
+    with one_held() as child:
+        handle = PosixChildProcess(child.pid)
+        steal(child, 5)
+        order = recycle(child.pid)
+        handle.kill()
+        assert f"signal 9 not sent: child process {child.pid} has ended" in caplog.messages
+        assert await asyncio.wait_for(handle.wait(), 10) == 255
+        os.write(order, b"6\n")
+        assert os.waitpid(child.pid, 0) == (child.pid, 6 << 8)
