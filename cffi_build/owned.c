@@ -42,7 +42,7 @@ int ap_owns(int fd)
     return is_noted(fd) && (atomic_load_explicit(&owned[fd / WORD_BITS], memory_order_relaxed) >> fd % WORD_BITS & 1);
 }
 
-static void disown(int fd)
+void ap_disown(int fd)
 {
     if (is_noted(fd))
         (void)atomic_fetch_and(&owned[fd / WORD_BITS], ~((uint64_t)1 << fd % WORD_BITS));
@@ -50,7 +50,7 @@ static void disown(int fd)
 
 void ap_close_owned(int fd)
 {
-    disown(fd);
+    ap_disown(fd);
     (void)close(fd);
 }
 
@@ -73,7 +73,7 @@ void ap_close_all_owned(int *fds, int count)
 
     sort(fds, count);
     for (i = 0; i < count; i++)
-        disown(fds[i]);
+        ap_disown(fds[i]);
     for (first = 0; first < count; first = end) {
         for (end = first + 1; end < count && fds[end] == fds[end - 1] + 1; end++)
             ;

@@ -10,6 +10,9 @@ void ap_own(int fd);
 /* Return whether a forked child would. */
 int ap_owns(int fd);
 
+/* Take that back: somebody else has closed it. */
+void ap_disown(int fd);
+
 /* Take that back, and close `fd`. In this order: a child that is forked in between may keep a copy, but closes nobody else's. */
 void ap_close_owned(int fd);
 

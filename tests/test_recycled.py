@@ -141,8 +141,12 @@ def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: 
 
     with one_held() as child:
         run_on(loop_factory, abandon())
-        steal(child, 5)
-        order = recycle(child.pid)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # or the handler would be first
+        try:
+            steal(child, 5)
+            order = recycle(child.pid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         run_on(loop_factory, use())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from . import _linux, _reaper
 from ._births import Birth
 from ._ends import Ends
 from ._exit import ExitStatus
+from ._failover import replace_reaper
 from ._gate import Gates
 from ._loop_link import LoopLink
 from ._pidfd import PidfdBackend
@@ -24,6 +26,10 @@ _BATCHES = 4
 
 # How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
 STRANGER_GRACE_S = 1.0
+
+
+# Those that may watch children by pid alone.
+by_pid: weakref.WeakSet[Collector] = weakref.WeakSet()
 
 
 class Collector:
@@ -54,6 +60,8 @@ class Collector:
         self._pidfd = PidfdBackend(self._reaper)
         self._sigchld: SigchldBackend | None = None
         self._checking = False
+        self._failures: set[tuple[type, int | None]] = set()
+        self.replaced_at = float("-inf")  # the reaper, by another one
         self.link = LoopLink(self.loop, self._reaper.fd, self.collect, on_end)
         self._ends = Ends(self.loop, self.link)
 
@@ -61,8 +69,12 @@ class Collector:
         """Reap what has ended and tell the observers: some batches of them, for each round of the loop costs, too."""
         try:
             for _ in range(_BATCHES):
-                with self._lock:
-                    is_full = self._reap()
+                try:
+                    with self._lock:
+                        is_full = self._reap()
+                except Exception as exc:
+                    is_full = False
+                    self._go_on_after(exc)
                 self._ends.tell()
                 if not is_full:
                     break
@@ -76,9 +88,11 @@ class Collector:
         if self.closed:
             return False
         reaper = self._reaper
-        count, records = reaper.reap()
-        self._note(records)
-        reaper.release()
+        count = 0
+        if reaper.fd >= 0:  # else it has failed for good
+            count, records = reaper.reap()
+            self._note(records)
+            reaper.release()
         sigchld = self._sigchld
         if sigchld is not None and (reaper.woken or sigchld.is_due):
             self._note(sigchld.reap())
@@ -110,6 +124,33 @@ class Collector:
                 child.pidfd = -1
                 del children[pid]
 
+    def _recovers(self, exc: OSError) -> bool:
+        """Return whether the reaper was at fault, and has been replaced."""
+        if exc.errno not in (errno.EBADF, errno.EINVAL) or self._reaper.fd < 0:
+            return False
+        with self._lock:
+            try:
+                self._reap()
+            except OSError as failure:
+                self._go_on_after(failure)
+                return True
+        return False
+
+    def _go_on_after(self, exc: Exception) -> None:
+        """Report, once, what does not let us reap, and go on by other means."""
+        failure = type(exc), getattr(exc, "errno", None)
+        with self._lock:
+            if self.closed:
+                return
+            is_new = failure not in self._failures
+            self._failures.add(failure)
+            if isinstance(exc, OSError) and self._reaper.fd >= 0:
+                replace_reaper(self, exc)
+        if is_new:
+            self.link.call_soon(
+                self._ends.report, exc, "aiopidfd cannot reap children as it should, and goes on by other means"
+            )
+
     def _plan_look(self, delay_s: float, number: float) -> None:
         self.link.call_later(delay_s, self._look, number)
 
@@ -133,7 +174,10 @@ class Collector:
                 return
             # First: an interrupt of this check must not be the end of all of them.
             self.link.call_later(CHECK_INTERVAL_S, self._check)
-            self._note(self._sigchld.check())
+            try:
+                self._note(self._sigchld.check())
+            except Exception as exc:
+                self._go_on_after(exc)
         self.collect()
 
     def retire(self, pid: int) -> None:
@@ -164,6 +208,12 @@ class Collector:
             child.end, child.pidfd = record, -1
             self._ends.untold.append(child)
         self.link.call_soon(self.collect)
+
+    def _get_sigchld(self) -> SigchldBackend:
+        if self._sigchld is None:
+            self._sigchld = SigchldBackend(self._reaper, self._plan_look)
+            by_pid.add(self)
+        return self._sigchld
 
     def _give_up_stranger(self, child: Child) -> None:
         """Report the end of a process whose parent does not reap it, so that its status is not told."""

@@ -40,12 +40,13 @@ class Ends:
                 raise
             except BaseException as exc:
                 assert isinstance(child, Child)  # a gate tells only us
-                self._report(exc, child.pid)
+                self.report(exc, f"Exception in the exit callback for pid {child.pid}")
                 continue
             if untold and untold[0] is child:  # else an observer has had the loop run, and so us
                 untold.popleft()
 
-    def _report(self, exc: BaseException, pid: int) -> None:
+    def report(self, exc: BaseException, message: str) -> None:
+        """Have the loop's exception handler called."""
         loop = self._loop()
         if loop is not None:
-            loop.call_exception_handler({"message": f"Exception in the exit callback for pid {pid}", "exception": exc})
+            loop.call_exception_handler({"message": message, "exception": exc})

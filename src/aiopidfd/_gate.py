@@ -75,6 +75,12 @@ class Gates:
         """Know a gate that is about to be opened."""
         self._gates[gate.number] = gate
 
+    def fail_all(self) -> None:
+        """Give up those that are waited for: nobody hears them any more."""
+        for gate in tuple(self._gates.values()):
+            if not gate.said.done():
+                gate.said.set_result(False)
+
     def find(self, number: int) -> Gate | None:
         """Return the gate, unless it was closed."""
         return self._gates.get(number)

@@ -40,7 +40,7 @@ def can_nest(loop: asyncio.AbstractEventLoop | None) -> bool:
 class LoopLink:
     """What a registry asks of its loop, which it does not own: the loop owns the registry."""
 
-    __slots__ = ("_fd", "_listener", "_loop", "_nests")
+    __slots__ = ("_fd", "_kept", "_listener", "_loop", "_nests", "_on_end", "_on_readable")
 
     def __init__(
         self,
@@ -53,9 +53,30 @@ class LoopLink:
         self._loop: Callable[[], asyncio.AbstractEventLoop | None] = loop
         self._fd = fd
         self._nests = can_nest(loop())
+        self._on_readable, self._on_end = on_readable, on_end
+        self._kept: _Listener | None = None
         listener = _Listener(on_readable, on_end)
         self._listener = weakref.ref(listener)
         self.call(self._listen, listener)
+
+    def move(self, fd: int) -> None:
+        """Listen to another descriptor; to none if `fd` is -1."""
+        self.call(self._move, fd)
+
+    def _move(self, fd: int) -> None:
+        loop, listener = self._loop(), self._listener()
+        if loop is None:
+            return
+        if listener is None:  # somebody else has registered a reader of that number
+            listener = _Listener(self._on_readable, self._on_end)
+            self._listener = weakref.ref(listener)
+        else:
+            loop.remove_reader(self._fd)
+        self._fd = fd
+        if fd >= 0:
+            self._listen(listener)
+        else:
+            self._kept = listener  # or its end would pass for the loop's
 
     def _listen(self, listener: _Listener) -> None:
         loop = self._loop()
@@ -72,7 +93,7 @@ class LoopLink:
         """Be callable by the loop even if it is run again inside the call that is going on."""
         if self._nests:
             listener = self._listener()
-            if listener is not None:
+            if listener is not None and self._fd >= 0:
                 self._listen(listener)
 
     def call(self, function: Callable[..., object], *args: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from ._ext import ffi, lib
-from ._linux import RECORD, close_owned, error
+from ._linux import RECORD, close_owned, disown, error
 
 ADD_PEEK: Final = lib.AP_ADD_PEEK
 ADD_CHECK_CHILD: Final = lib.AP_ADD_CHECK_CHILD
@@ -60,12 +60,23 @@ class Reaper:
 
     def __init__(self) -> None:
         """Open it. EMFILE, ENFILE: out of descriptors."""
+        self.fd = -1  # as once closed
+        self.reopen()
+        self._batch = Batch()
+        self.keep_open, self.release = self._batch.keep_open, self._batch.release
+
+    def forget(self) -> None:
+        """Be closed: somebody else has closed the descriptor, whose number may be another one's by now."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            disown(fd)
+
+    def reopen(self) -> None:
+        """Be open again, once closed. EMFILE, ENFILE: out of descriptors."""
         fd = lib.ap_reaper_open()
         if fd < 0:
             raise error(-fd, "epoll_create1()")
-        self.fd = fd  # -1 once closed
-        self._batch = Batch()
-        self.keep_open, self.release = self._batch.keep_open, self._batch.release
+        self.fd = fd
 
     def add(self, pid: int, flags: int) -> int:
         """Open a pidfd for `pid` and hold it; return it. Errors as in reaper.h."""
@@ -83,7 +94,9 @@ class Reaper:
             raise error(-result, f"cannot watch pid {pid} by pidfd {pidfd}")
 
     def add_wake(self, fd: int) -> None:
-        """Hold a descriptor that is no pidfd: each write to it makes us readable, and `woken` true."""
+        """Hold a descriptor that is no pidfd: each write to it makes us readable, and `woken` true. Not if we are closed."""
+        if self.fd < 0:
+            return
         result = lib.ap_reaper_add_wake(self.fd, fd)
         if result < 0:
             raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")

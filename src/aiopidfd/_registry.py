@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import weakref
 from collections.abc import Callable
 from contextvars import copy_context
 from signal import SIGKILL
@@ -14,14 +13,11 @@ from signal import SIGKILL
 from . import _backend, _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._births import end_births
-from ._collector import Collector
+from ._collector import Collector, by_pid
 from ._gate import Gate
 from ._orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
-from ._sigchld import SigchldBackend, abandon, claim, is_used
+from ._sigchld import abandon, claim, is_used
 from ._watched import Args, Child, Observer, make_child
-
-# Those that may watch children by pid alone.
-_by_pid: weakref.WeakSet[Registry] = weakref.WeakSet()
 
 _try_add = _reaper.try_add
 _CHECK_CHILD = _reaper.ADD_CHECK_CHILD
@@ -116,7 +112,16 @@ class Registry(Collector):
     def fork(self, gate: Gate, live: _linux.Live, fork: Callable[[], int] | None) -> None:
         """Fork a child that stands at `gate` and calls `live`. Raises as _linux.fork_child."""
         self.gates.add(gate)
-        _linux.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+        try:
+            _linux.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+        except OSError as exc:
+            if gate.struct.pid > 0:
+                raise
+            self.gates.close(gate)  # not one of those that have failed
+            if not self._recovers(exc):
+                raise
+            self.gates.add(gate)
+            _linux.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
 
     def let_out(self, child: Child, gate: Gate) -> bool:
         """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
@@ -148,10 +153,12 @@ class Registry(Collector):
             return True
 
     def _add(self, pid: int, pidfd: int, choice: Choice, *, check: bool, stranger: bool, peek: bool) -> Child:
-        backend: Backend = self._pidfd if choose(choice) == "pidfd" else self._get_sigchld()
+        backend: Backend = self._pidfd if choose(choice) == "pidfd" and self._reaper.fd >= 0 else self._get_sigchld()
         try:
             child = self._try(backend, pid, pidfd, check=check, stranger=stranger, peek=peek)
         except OSError as exc:
+            if self._recovers(exc):
+                return self._add(pid, pidfd, choice, check=check, stranger=stranger, peek=peek)
             if choice != "auto" or backend is self._sigchld:
                 raise
             if exc.errno in _linux.OUT_OF_DESCRIPTORS:  # this child only
@@ -185,12 +192,6 @@ class Registry(Collector):
         child.peek, child.stranger = peek, foreign
         return child
 
-    def _get_sigchld(self) -> SigchldBackend:
-        if self._sigchld is None:
-            self._sigchld = SigchldBackend(self._reaper, self._plan_look)
-            _by_pid.add(self)
-        return self._sigchld
-
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
         """Observe a program whose pidfd the reaper holds since its birth. `take_number` was called."""
         with self._lock:
@@ -219,7 +220,7 @@ class Registry(Collector):
         """Have every loop that watches by pid alone, and the handler, know of a new child. Not under the lock."""
         if is_used():
             claim(pid)
-            for registry in tuple(_by_pid):
+            for registry in tuple(by_pid):
                 registry.retire(pid)
 
     def unobserve(self, pid: int, key: object) -> bool:
