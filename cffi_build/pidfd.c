@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -23,6 +25,8 @@
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x00001000
 #endif
+
+enum { PIDFS_MAGIC = 0x50494446 };
 
 /* The first published form of struct pidfd_info (PIDFD_INFO_SIZE_VER0, Linux 6.13); later kernels accept it. */
 struct pidfd_info_v0 {
@@ -48,6 +52,28 @@ int ap_pidfd_open(int pid)
 {
     long fd = syscall(SYS_pidfd_open, pid, 0);
     return fd < 0 ? -errno : (int)fd;
+}
+
+long long ap_pidfd_inode(int pidfd)
+{
+    struct statfs system;
+    struct stat file;
+
+    if (fstatfs(pidfd, &system) < 0 || system.f_type != PIDFS_MAGIC || fstat(pidfd, &file) < 0)
+        return 0;
+    return (long long)file.st_ino;
+}
+
+long long ap_pid_inode(int pid)
+{
+    int pidfd = ap_pidfd_open(pid);
+    long long inode;
+
+    if (pidfd < 0)
+        return 0;
+    inode = ap_pidfd_inode(pidfd);
+    (void)close(pidfd);
+    return inode;
 }
 
 int ap_waitid(int idtype, int id, int options, ap_exit *ret_exit)

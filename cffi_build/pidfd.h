@@ -25,6 +25,12 @@ typedef struct {
 /* Open a pidfd, close-on-exec, for the process `pid`. Linux 5.3. See pidfd_open(2). */
 int ap_pidfd_open(int pid);
 
+/* Return the inode number of a pidfd, which since Linux 6.9 is its process's own and no other's; 0 if there is none. */
+long long ap_pidfd_inode(int pidfd);
+
+/* The same for a pid. 0, too, if there is no such process, or no descriptor left. */
+long long ap_pid_inode(int pid);
+
 /* Wait as waitid(2) does, children of every kind included (__WALL is added to `options`), with the child's rusage.
  * Returns 1 with pid, status, source and rusage of *ret_exit written, or 0 when WNOHANG found nothing.
  * idtype 1 is P_PID, 3 is P_PIDFD (Linux 5.4; EINVAL before). */

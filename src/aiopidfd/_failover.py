@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from . import _linux, _reaper
+from ._identity import is_pidfd_of
 
 if TYPE_CHECKING:
     from ._collector import Collector
@@ -48,7 +49,7 @@ def replace_reaper(collector: Collector, exc: OSError) -> None:
 def _watch_again(collector: Collector, child: Child) -> None:
     pid, flags = child.pid, _reaper.ADD_PEEK if child.peek else 0
     pidfd, child.pidfd = child.pidfd, -1
-    if not _linux.is_pidfd_of(pidfd, pid):
+    if not is_pidfd_of(pidfd, pid):
         _linux.disown(pidfd)
         pidfd = -1
         if not child.stranger:

@@ -11,12 +11,12 @@ Facts that this rests on:
 from __future__ import annotations
 
 import errno
-import functools
 import os
 from typing import Final, Optional, Union
 
 from . import _linux
-from ._proc import look_at
+from ._ext import lib
+from ._proc import look_at, read_pid
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -35,16 +35,7 @@ def identify(pid: int, pidfd: int = -1) -> Identity:
 
 def inode_of(pid: int, pidfd: int = -1) -> int | None:
     """Return the inode number that is this process's own; None: there is none here, or there is no such process."""
-    if pidfd >= 0:
-        found = os.fstat(pidfd)
-        return None if found.st_dev == _anonymous_device() else found.st_ino
-    pidfd = _linux.try_open_pidfd(pid)
-    if pidfd < 0:  # ESRCH; EMFILE, ENFILE; or pidfds are forbidden
-        return None
-    try:
-        return inode_of(pid, pidfd)
-    finally:
-        os.close(pidfd)
+    return (lib.ap_pidfd_inode(pidfd) if pidfd >= 0 else lib.ap_pid_inode(pid)) or None
 
 
 def started_at(pid: int) -> bytes | None:
@@ -59,10 +50,9 @@ def is_started_after(pid: int, boot_time_s: float) -> bool:
     return started is not None and int(started) > int(boot_time_s * _TICKS_PER_S)
 
 
-@functools.cache
-def _anonymous_device() -> int:
-    """Return the device of anonymous files, one of which is always open here."""
-    return os.fstat(_linux.open_sigchld()).st_dev
+def is_pidfd_of(fd: int, pid: int) -> bool:
+    """Return whether `fd` is a pidfd of the process `pid`, which was not reaped; False, too, where /proc does not tell."""
+    return read_pid(fd) == pid
 
 
 def is_forbidden(exc: OSError) -> bool:

@@ -68,19 +68,6 @@ def open_pidfd(pid: int) -> int:
     return fd
 
 
-# Do the same, and return minus the errno where that raises.
-try_open_pidfd: Final[Callable[[int], int]] = lib.ap_pidfd_open
-
-
-def is_pidfd_of(fd: int, pid: int) -> bool:
-    """Return whether `fd` is a pidfd of the process `pid`, which was not reaped; False, too, where /proc does not tell."""
-    try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as fdinfo:
-            return b"\nPid:\t%d\n" % pid in fdinfo.read()
-    except OSError:
-        return False
-
-
 def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
     """Signal the process behind `pidfd` and no other. ESRCH once it was reaped. See pidfd_send_signal(2)."""
     result = lib.ap_pidfd_send_signal(pidfd, signal, flags)
