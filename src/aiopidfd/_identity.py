@@ -15,7 +15,6 @@ import os
 from typing import Final, Optional, Union
 
 from . import _linux
-from ._ext import lib
 from ._proc import look_at, read_pid
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
@@ -35,7 +34,7 @@ def identify(pid: int, pidfd: int = -1) -> Identity:
 
 def inode_of(pid: int, pidfd: int = -1) -> int | None:
     """Return the inode number that is this process's own; None: there is none here, or there is no such process."""
-    return (lib.ap_pidfd_inode(pidfd) if pidfd >= 0 else lib.ap_pid_inode(pid)) or None
+    return (_linux.pidfd_inode(pidfd) if pidfd >= 0 else _linux.pid_inode(pid)) or None
 
 
 def started_at(pid: int) -> bytes | None:

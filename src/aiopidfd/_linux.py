@@ -68,6 +68,11 @@ def open_pidfd(pid: int) -> int:
     return fd
 
 
+# Return the inode number of a pidfd, or of a process, which is its own and no other's (Linux 6.9); 0 if there is none.
+pidfd_inode: Final[Callable[[int], int]] = lib.ap_pidfd_inode
+pid_inode: Final[Callable[[int], int]] = lib.ap_pid_inode
+
+
 def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
     """Signal the process behind `pidfd` and no other. ESRCH once it was reaped. See pidfd_send_signal(2)."""
     result = lib.ap_pidfd_send_signal(pidfd, signal, flags)
