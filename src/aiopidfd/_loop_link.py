@@ -64,14 +64,14 @@ class LoopLink:
         self.call(self._move, fd)
 
     def _move(self, fd: int) -> None:
-        loop, listener = self._loop(), self._listener()
+        loop, listener, old_fd = self._loop(), self._listener(), self._fd
         if loop is None:
             return
         if listener is None:  # somebody else has registered a reader of that number
             listener = _Listener(self._on_readable, self._on_end)
             self._listener = weakref.ref(listener)
         else:
-            loop.remove_reader(self._fd)
+            loop.remove_reader(old_fd)
         self._fd = fd
         if fd >= 0:
             self._listen(listener)
