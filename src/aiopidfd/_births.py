@@ -1,57 +1,21 @@
-"""Programs that are being started, known before they are born: an interrupt between clone(2) and their transport loses none.
-
-Facts that this rests on:
-
-* A Python signal handler runs, and may raise, between any two bytecodes; so also after a call has returned and before its
-  result is stored. What C has written before it returned is there.
-* A child that has run its program may be reaped by others at any time (SIGCHLD ignored, a thread in waitpid(-1)); from then
-  on its number may be a stranger's, or another child's.
-"""
+"""What becomes of programs that were started: they are observed, or, where their caller gets an error instead, ended."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import _linux
 from ._backend import choose, logger
+from ._birth import Birth, by, kill_unreaped
 from ._exit import ExitStatus
+from ._registry import Registry
 from ._watched import Child, Observer
 
 if TYPE_CHECKING:
     from subprocess import Popen
-
-    from ._registry import Registry
-
-
-class Birth:
-    """One program that is being started. It is the key under which its transport observes it."""
-
-    __slots__ = ("popen", "reaper_fd", "struct")
-
-    def __init__(self, reaper_fd: int) -> None:
-        """`reaper_fd`: what is to hold its pidfd; -1 where children are not watched by pidfd."""
-        self.reaper_fd = reaper_fd
-        self.struct: Any = _linux.new_birth()  # an ap_birth, written in C
-        self.popen: Popen[bytes] | None = None  # if it is Popen that starts it
-
-    @property
-    def pid(self) -> int:
-        """The program's process ID; 0 if there is none."""
-        pid = self.struct.pid if self.popen is None else getattr(self.popen, "pid", None)
-        return pid if isinstance(pid, int) else 0  # what stands in for Popen may have anything
-
-    @property
-    def pidfd(self) -> int:
-        """Its pidfd; -1: none."""
-        return int(self.struct.pidfd)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the reaper holds the pidfd."""
-        return bool(self.struct.held)
 
 
 def expect_birth(registry: Registry) -> Birth:
@@ -102,7 +66,7 @@ def kill(registry: Registry, child: Child) -> None:
     with registry._lock:  # so that nobody closes the pidfd meanwhile
         try:
             if registry.send_signal(child, signal.SIGKILL) is None:
-                _linux.wait_id(*_by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
+                _linux.wait_id(*by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
         except PermissionError:  # it runs as another user now, and stays watched
             logger.warning("cannot kill process %d: it runs as another user", child.pid)
         except ChildProcessError:  # somebody else has reaped it
@@ -111,10 +75,6 @@ def kill(registry: Registry, child: Child) -> None:
 
 def _ignore(status: ExitStatus) -> None:
     """Observe a program that nobody waits for."""
-
-
-def _by(pid: int, pidfd: int) -> tuple[int, int]:
-    return (_linux.P_PIDFD, pidfd) if pidfd >= 0 else (_linux.P_PID, pid)
 
 
 def _kill_and_reap(birth: Birth) -> None:
@@ -128,9 +88,9 @@ def _kill_and_reap(birth: Birth) -> None:
         with contextlib.suppress(OSError):  # EMFILE, ENFILE; or pidfds are forbidden; or (ESRCH) it is gone, as we shall see
             pidfd = _linux.open_pidfd(pid)
     try:
-        _linux.wait_id(*_by(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
-        _kill(pid, pidfd)
-        ended = _linux.wait_id(*_by(pid, pidfd), os.WEXITED)
+        _linux.wait_id(*by(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
+        kill_unreaped(pid, pidfd)
+        ended = _linux.wait_id(*by(pid, pidfd), os.WEXITED)
         status = ExitStatus(pid, ended.status if ended else 0, "reaped")
     except ChildProcessError:
         status = ExitStatus(pid, 0, "lost")
@@ -144,19 +104,6 @@ def _kill_and_reap(birth: Birth) -> None:
         popen.returncode = status.returncode
 
 
-def _kill(pid: int, pidfd: int) -> None:
-    """Kill a child that was not reaped a moment ago: by pidfd, by pid where a filter forbids that or there is none."""
-    if pidfd >= 0:
-        try:
-            _linux.send_signal(pidfd, signal.SIGKILL)
-        except OSError as exc:
-            if exc.errno not in _linux.FORBIDDEN:
-                raise
-        else:
-            return
-    os.kill(pid, signal.SIGKILL)
-
-
 def _kill_by_popen(popen: Popen[bytes]) -> None:
     try:
         popen.kill()
@@ -164,18 +111,3 @@ def _kill_by_popen(popen: Popen[bytes]) -> None:
         logger.warning("cannot kill process %d: it runs as another user", popen.pid)
     else:
         popen.wait()
-
-
-def end_births(births: set[Birth]) -> list[int]:
-    """Kill what was started, and then interrupted twice, so that nobody watches it; return what is to be reaped."""
-    left = []
-    while births:
-        birth = births.pop()
-        if birth.pid:
-            left.append(birth.pid)
-            with contextlib.suppress(OSError):  # ECHILD, ESRCH: it is gone; EPERM: it runs as another user
-                _linux.wait_id(*_by(birth.pid, birth.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                _kill(birth.pid, birth.pidfd)
-            if birth.pidfd >= 0:
-                _linux.close_owned(birth.pidfd)
-    return left

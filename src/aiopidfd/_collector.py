@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextvars import Context
 
 from . import _linux, _reaper
-from ._births import Birth
+from ._birth import Birth
 from ._ends import Ends
 from ._exit import ExitStatus
 from ._failover import replace_reaper

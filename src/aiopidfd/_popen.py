@@ -13,7 +13,7 @@ import sys
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
-from ._births import Birth
+from ._birth import Birth
 from ._streams import NeedsPopen, Streams
 
 

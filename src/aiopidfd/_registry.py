@@ -12,7 +12,7 @@ from signal import SIGKILL
 
 from . import _backend, _linux, _reaper
 from ._backend import Backend, Choice, choose, is_forbidden, logger
-from ._births import end_births
+from ._birth import end_births
 from ._collector import Collector, by_pid
 from ._gate import Gate
 from ._orphans import ENDED, NOT_OURS, UNKNOWN, Orphan

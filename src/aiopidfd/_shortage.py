@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._backend import logger
-from ._births import Birth
+from ._birth import Birth
 from ._registry import Registry
 
 # Three pipes have six ends, and subprocess.Popen makes one more for errors.

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import _linux
 from ._backend import logger
-from ._births import Birth
+from ._birth import Birth
 from ._popen import PythonsPopen, is_plain, popen
 from ._streams import NeedsPopen, Streams, descriptor
 

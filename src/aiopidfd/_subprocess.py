@@ -12,7 +12,8 @@ from io import FileIO
 from typing import Any
 
 from ._backend import logger
-from ._births import Birth, expect_birth, kill, observe_birth, undo_birth
+from ._birth import Birth
+from ._births import expect_birth, kill, observe_birth, undo_birth
 from ._exit import ExitStatus
 from ._linux import OUT_OF_DESCRIPTORS
 from ._loop_link import can_nest

@@ -1,0 +1,82 @@
+"""A program that is being started, known before it is born: an interrupt after clone(2) does not lose it.
+
+Facts that this rests on:
+
+* A Python signal handler runs, and may raise, between any two bytecodes; so also after a call has returned and before its
+  result is stored. What C has written before it returned is there.
+* A child that has run its program may be reaped by others at any time (SIGCHLD ignored, a thread in waitpid(-1)); from then
+  on its number may be a stranger's, or another child's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+from . import _linux
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+
+class Birth:
+    """One program that is being started. It is the key under which its transport observes it."""
+
+    __slots__ = ("popen", "reaper_fd", "struct")
+
+    def __init__(self, reaper_fd: int) -> None:
+        """`reaper_fd`: what is to hold its pidfd; -1 where children are not watched by pidfd."""
+        self.reaper_fd = reaper_fd
+        self.struct: Any = _linux.new_birth()  # an ap_birth, written in C
+        self.popen: Popen[bytes] | None = None  # if it is Popen that starts it
+
+    @property
+    def pid(self) -> int:
+        """The program's process ID; 0 if there is none."""
+        pid = self.struct.pid if self.popen is None else getattr(self.popen, "pid", None)
+        return pid if isinstance(pid, int) else 0  # what stands in for Popen may have anything
+
+    @property
+    def pidfd(self) -> int:
+        """Its pidfd; -1: none."""
+        return int(self.struct.pidfd)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the reaper holds the pidfd."""
+        return bool(self.struct.held)
+
+
+def by(pid: int, pidfd: int) -> tuple[int, int]:
+    """Return what waitid(2) is to wait for: the pidfd, or if that is -1 the pid."""
+    return (_linux.P_PIDFD, pidfd) if pidfd >= 0 else (_linux.P_PID, pid)
+
+
+def kill_unreaped(pid: int, pidfd: int) -> None:
+    """Kill a child that was not reaped a moment ago: by pidfd, by pid where a filter forbids that or there is none."""
+    if pidfd >= 0:
+        try:
+            _linux.send_signal(pidfd, signal.SIGKILL)
+        except OSError as exc:
+            if exc.errno not in _linux.FORBIDDEN:
+                raise
+        else:
+            return
+    os.kill(pid, signal.SIGKILL)
+
+
+def end_births(births: set[Birth]) -> list[int]:
+    """Kill what was started, and then interrupted twice, so that nobody watches it; return what is to be reaped."""
+    left = []
+    while births:
+        birth = births.pop()
+        if birth.pid:
+            left.append(birth.pid)
+            with contextlib.suppress(OSError):  # ECHILD, ESRCH: it is gone; EPERM: it runs as another user
+                _linux.wait_id(*by(birth.pid, birth.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                kill_unreaped(birth.pid, birth.pidfd)
+            if birth.pidfd >= 0:
+                _linux.close_owned(birth.pidfd)
+    return left
