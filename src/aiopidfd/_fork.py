@@ -16,13 +16,12 @@ from functools import partial
 from types import FunctionType
 from typing import TypeVar, cast
 
-from . import _child, _linux
+from . import _child, _linux, _proc
 from ._child import Options, Ready
 from ._child_exit import flush_streams, note_inherited
 from ._exit import ExitStatus
 from ._gate import Gate
 from ._linux import reinit_fork_lock
-from ._proc import has_called_exec
 from ._process import AbstractChildProcess, End, expect_child, watch_expected
 from ._registry import Registry
 
@@ -143,7 +142,7 @@ def warn_of_threads(stacklevel: int = 3) -> None:
 
     Before, since a warning that a filter turns into an exception must not lose a child that exists already.
     """
-    if sys.version_info >= (3, 12) and (_linux.count_threads() or 1) > 1:
+    if sys.version_info >= (3, 12) and (_proc.count_threads() or 1) > 1:
         warnings.warn(
             f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
             "Fork before threads are started.",
@@ -247,7 +246,7 @@ async def await_ready(
         return
     why = "ended before it was ready"
     if not end.done():  # it has closed its end of the gate: in dying, we trust, unless it has called exec
-        cause = "called exec" if has_called_exec(child.pid) else ""
+        cause = "called exec" if _proc.has_called_exec(child.pid) else ""
         if not cause:
             await asyncio.wait([end], timeout=_SILENCE_S)
             cause = "" if end.done() else "called exec, or closed all descriptors,"
