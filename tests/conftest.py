@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _backend, _linux, _proc
+from aiopidfd import _backend, _linux, _threads
 
 try:
     import uvloop
@@ -180,7 +180,7 @@ def nothing_left_behind(process_wide_descriptors: None) -> Iterator[None]:
 def one_thread() -> None:
     """Be alone: a fork server is made in another way beside threads."""
     deadline = time.monotonic() + 10
-    while (_proc.count_threads() or 1) > 1:  # those that an earlier test has joined are gone a moment later
+    while (_threads.count_threads() or 1) > 1:  # those that an earlier test has joined are gone a moment later
         assert time.monotonic() < deadline
         time.sleep(0.001)
 

@@ -20,7 +20,7 @@ import aiopidfd
 from aiopidfd import (
     ChildStartError,
     _fork,
-    _proc,
+    _threads,
     afork,
     notify_ready,
 )
@@ -301,7 +301,7 @@ def test_a_worker_of_io_uring_is_no_thread() -> None:
                     await asyncio.sleep(0)
                     loop.remove_reader(epoll.fileno())
                     await asyncio.sleep(0)
-            assert _proc.count_threads() == 1
+            assert _threads.count_threads() == 1
             child = await afork(lambda: 3)  # with no warning, which would be an error here
             assert await child.wait() == 3
             assert any(name.startswith("iou-wrk-") for name in names_of_threads())

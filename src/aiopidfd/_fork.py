@@ -16,7 +16,7 @@ from functools import partial
 from types import FunctionType
 from typing import TypeVar, cast
 
-from . import _child, _linux, _proc
+from . import _child, _linux, _proc, _threads
 from ._child import Options, Ready
 from ._child_exit import flush_streams, note_inherited
 from ._exit import ExitStatus
@@ -142,7 +142,7 @@ def warn_of_threads(stacklevel: int = 3) -> None:
 
     Before, since a warning that a filter turns into an exception must not lose a child that exists already.
     """
-    if sys.version_info >= (3, 12) and (_proc.count_threads() or 1) > 1:
+    if sys.version_info >= (3, 12) and (_threads.count_threads() or 1) > 1:
         warnings.warn(
             f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
             "Fork before threads are started.",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import _fork, _inherited, _linux, _proc
+from . import _fork, _inherited, _linux, _threads
 from ._child import Options
 from ._forkserver_main import serve
 from ._gate import Gate
@@ -90,7 +90,7 @@ def _clear_of_streams(end: socket.socket) -> socket.socket:
 
 
 def _choose_fork() -> ForkServerFeatures:
-    count = _proc.count_threads()
+    count = _threads.count_threads()
     if count == 1:
         return ForkServerFeatures("clone", False, "this process had one thread")
     threads = "an unknown number of" if count is None else count

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final, NamedTuple
 
-from . import _child, _child_exit, _fork, _inherited, _linux, _proc
+from . import _child, _child_exit, _fork, _inherited, _linux, _threads
 from ._child import Options
 from ._child_signals import reset_signals
 
@@ -81,7 +81,7 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     try:
         for name in preload:
             importlib.import_module(name)
-        if (_proc.count_threads() or 1) > 1:
+        if (_threads.count_threads() or 1) > 1:
             raise RuntimeError("a preloaded module has started threads, and a fork server must not have any")
     except BaseException:
         server.wire.send(REPLY.pack(0, 0, 0) + _format_exception())

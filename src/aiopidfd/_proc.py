@@ -1,4 +1,4 @@
-"""/proc: whether it can be used, and what it tells of a process of which there is no pidfd, and of this one.
+"""/proc: whether it can be used, and what it tells of a process of which there is no pidfd.
 
 Facts that this rests on:
 
@@ -14,11 +14,8 @@ Facts that this rests on:
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import NamedTuple
-
-from . import _linux
 
 _PF_FORKNOEXEC = 0x40
 
@@ -96,29 +93,3 @@ def read_pid(pidfd: int) -> int | None:
     if _find_mismatch() is not None:
         return None
     return max(pids[0], 0) if pids else 0
-
-
-def count_threads() -> int | None:
-    """Return how many threads this process has, those of C libraries among them; None if there is no /proc to tell.
-
-    io_uring's workers (Linux 5.12+, 5.10.162+) don't count, though the kernel lists them: they run none of the process's
-    code, so they hold none of its locks. uvloop's process has one for some seconds whenever a change to its epoll met a lock
-    taken.
-
-    OSError: EMFILE, ENFILE: out of descriptors.
-    """
-    try:
-        threads = os.listdir("/proc/self/task")
-    except OSError as exc:
-        if exc.errno in _linux.OUT_OF_DESCRIPTORS:
-            raise _linux.error(exc.errno or errno.EIO, "opendir(/proc/self/task)") from exc
-        return None  # ENOENT: no /proc, or that of a PID namespace that this process is not in; EACCES: a sandbox
-    return 1 if len(threads) == 1 else sum(not _is_uring_worker(thread) for thread in threads)
-
-
-def _is_uring_worker(thread: str) -> bool:
-    try:
-        with open(f"/proc/self/task/{thread}/comm", "rb") as comm:
-            return comm.read().startswith((b"iou-wrk-", b"iou-sqp-"))
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
-        return False

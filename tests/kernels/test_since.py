@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import aiopidfd
-from aiopidfd import _linux, _proc, wait
+from aiopidfd import _linux, _threads, wait
 
 from ..children import held, one_held
 from ..seccomp import compile_c
@@ -181,7 +181,7 @@ def lists_worker_of_io_uring() -> str:
         pytest.skip(f"this process may not have an io_uring: {os.strerror(ctypes.get_errno())}")
     try:
         said = {0: "not listed", 1: "listed"}[threads() - before]
-        eventually(lambda: _proc.count_threads() == before)  # it gives itself the name by which we know it
+        eventually(lambda: _threads.count_threads() == before)  # it gives itself the name by which we know it
         assert threads() - before == (said == "listed")
     finally:
         os.close(ring)
