@@ -147,7 +147,10 @@ def test_interrupted_batch_is_closed_with_the_registry(loop_factory: LoopFactory
             PidfdWatcher().add_child_handler(child.pid, print)
             child.end_unreaped(0)
 
-        def interrupt(*_: object) -> None:
+        note = registry._note
+
+        def interrupt(records: Any) -> None:
+            note(records)
             raise KeyboardInterrupt
 
         monkeypatch.setattr(registry, "_note", interrupt)

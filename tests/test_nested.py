@@ -128,8 +128,15 @@ def test_loop_that_is_run_in_an_exit_callback_goes_on(main: Any, backend: str) -
     async def outer() -> None:
         loop = asyncio.get_running_loop()
         told = loop.create_future()
+
+        def note(pid: int, returncode: int) -> None:
+            try:
+                told.set_result(run_nested(loop, main(), 500))
+            except AssertionError as exc:
+                told.set_exception(exc)
+
         with one_held() as child:
-            PidfdWatcher().add_child_handler(child.pid, lambda *_: told.set_result(run_nested(loop, main())))
+            PidfdWatcher().add_child_handler(child.pid, note)
             child.end(0)
             assert await told == 3
 
