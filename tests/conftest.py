@@ -9,6 +9,7 @@ import gc
 import inspect
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _backend, _linux, _threads
+from aiopidfd import _backend, _linux, _registries, _sigchld, _threads
 
 try:
     import uvloop
@@ -190,3 +191,13 @@ def pidfds(backend: str) -> None:
     """Skip where there can be no fork server."""
     if backend != "pidfd":
         pytest.skip("a fork server needs pidfds; its fallback is tested elsewhere")
+
+
+@pytest.fixture
+def locks_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have locks of the process's that an exception at any bytecode may leave locked: amid those that release them.
+
+    A signal handler raises there on Python 3.9 alone. Its own thread can take them again, and all others wait for ever.
+    """
+    for module in _registries, _sigchld:
+        monkeypatch.setattr(module, "_lock", threading.RLock())

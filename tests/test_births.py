@@ -106,7 +106,7 @@ async def start_traced(place: int) -> str | None:
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="something else traces this program")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python swallows what a __del__ raises
-def test_interrupt_at_any_place_leaves_nothing(loop_factory: LoopFactory) -> None:
+def test_interrupt_at_any_place_leaves_nothing(loop_factory: LoopFactory, locks_to_lose: None) -> None:
     place, places = 0, set()
     while True:
         loop = loop_factory()

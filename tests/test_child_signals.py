@@ -122,7 +122,7 @@ def restored() -> Any:
     faulthandler.disable()
     yield
     for number, handler in pythons.items():
-        signal.signal(number, handler)
+        signal.signal(number, handler or signal.SIG_DFL)  # None: faulthandler was enabled before Python looked
     if is_enabled:
         faulthandler.enable(2)
 

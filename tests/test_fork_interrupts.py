@@ -9,14 +9,13 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from aiopidfd import AbstractChildProcess, _child, _fork, _registries, _sigchld, afork
+from aiopidfd import AbstractChildProcess, _child, _fork, afork
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
 
@@ -78,13 +77,6 @@ class Interrupter:
                 return True
             frame = frame.f_back
         return False
-
-
-@pytest.fixture
-def locks_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have locks of the process's that an interrupt may leave locked: at the bytecodes by which `with` releases them."""
-    for module in _registries, _sigchld:
-        monkeypatch.setattr(module, "_lock", threading.RLock())
 
 
 async def _interrupt_each(start: Callable[[], Coroutine[Any, Any, AbstractChildProcess]]) -> None:
