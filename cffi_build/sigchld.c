@@ -322,8 +322,10 @@ int ap_sigchld_claim(int pid)
 
     for (i = 0; i < MAX_ABANDONED; i++) {
         int expected = pid;
-        if (atomic_compare_exchange_strong(&abandoned[i], &expected, 0))
+        if (atomic_compare_exchange_strong(&abandoned[i], &expected, 0)) {
+            (void)atomic_fetch_sub(&abandoned_count, 1);
             return 1;
+        }
     }
     return 0;
 }

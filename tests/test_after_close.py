@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import PidfdWatcher, _identity, _linux, _orphans, _registries
+from aiopidfd import PidfdWatcher, _identity, _linux, _orphans, _registries, _sigchld
 from tests.children import Held, few_descriptors, one_held
 from tests.conftest import BACKENDS, LoopFactory, children
 from tests.workers import wait_for_signal
@@ -260,3 +260,16 @@ def test_zombie_that_its_loop_has_not_seen_is_reaped_as_the_loop_is_closed(loop_
         child.end_unreaped(0)
         loop.close()
         assert child.pid not in children()
+
+
+def test_signal_to_a_child_of_a_closed_loop_leaves_no_handler_behind(loop_factory: LoopFactory) -> None:
+    """While the signal is sent the handler leaves the child alone, and counts it once then."""
+    before = _linux.describe_sigchld()
+    program = run(loop_factory, start_program)
+    program.send_signal(signal.SIGCONT)
+    program.kill()
+    while children():
+        time.sleep(0.001)
+    _sigchld.settle_abandoned()
+    assert _linux.reap_abandoned() == 0
+    assert _linux.describe_sigchld() == before
