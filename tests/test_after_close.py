@@ -267,7 +267,7 @@ def test_signal_to_a_child_of_a_closed_loop_leaves_no_handler_behind(loop_factor
     before = _linux.describe_sigchld()
     program = run(loop_factory, start_program)
     program.send_signal(signal.SIGCONT)
-    program.kill()
+    program._transport.close()  # which kills it
     while children():
         time.sleep(0.001)
     _sigchld.settle_abandoned()
