@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_comparison_shows_ratios_of_each_round_and_their_mean() -> None:
     assert "| **cost total**: geometric mean of the above | | | **1.072** | |" in text
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 def test_revision_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["cost", "--quick", "--before", "no-such-revision"]) == 1
     assert "git ended with" in capsys.readouterr().err

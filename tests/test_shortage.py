@@ -175,8 +175,8 @@ REAPER_REFUSES = """
 import asyncio, aiopidfd, os, signal
 async def main():
     await (await asyncio.create_subprocess_exec("/bin/true")).wait()
-    before = os.listdir("/proc/self/fd")
     {install}
+    before = os.listdir("/proc/self/fd")
     try:
         await asyncio.create_subprocess_exec("/bin/sleep", "1000")
     except OSError as exc:

@@ -216,7 +216,7 @@ def fork(registry: Registry, gate: Gate, live: _linux.Live) -> None:
         return
     with warnings.catch_warnings():
         # warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
-        warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, __name__)
+        warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, _linux.__name__)
         registry.fork(gate, live, os.fork)
 
 

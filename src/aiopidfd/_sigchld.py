@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import time
+import weakref
 from _thread import RLock
 from collections.abc import Callable, Iterator
 
@@ -33,26 +34,34 @@ _NEVER = float("inf")
 # The handler is the process's; it is in place while any loop watches a child by it. Re-entrant for Python signal handlers.
 _lock = RLock()
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
-_watched = 0
+_backends: weakref.WeakSet[SigchldBackend] = weakref.WeakSet()
 _abandoned = False
 _replaced: tuple[float, str] = (0.0, "")  # when our handler was found replaced while it was needed, and by what
 _warned_of_ignored = False
 _warned_of_storm = False
 
 
-def _count(change: int) -> None:
-    """Install the handler for the first child, and at each further one if it was replaced; restore after the last."""
-    global _watched  # noqa: PLW0603 - the handler is the process's
+def _count() -> int:
+    """Return how many children are watched, by all loops. Asked for anew: an interrupt would leave a running total wrong."""
+    return sum(len(backend._pids) for backend in _backends)
+
+
+def _on_added() -> None:
+    """Install the handler for the first child, and at each further one if it was replaced."""
     with _lock:
-        _watched += change
-        if change > 0:
-            is_first = _watched == change
-            _install(anew=is_first, resume=is_first)
-        elif _watched == 0:
-            if _abandoned:
-                _linux.install_sigchld()  # if it has paused: no loop will have it resume
-            else:
-                _linux.restore_sigchld()
+        is_first = _count() == 1
+        _install(anew=is_first, resume=is_first)
+
+
+def _on_removed() -> None:
+    """Restore what was there before, after the last child."""
+    with _lock:
+        if _count() > 0:
+            return
+        if _abandoned:
+            _linux.install_sigchld()  # if it has paused: no loop will have it resume
+        else:
+            _linux.restore_sigchld()
 
 
 def _install(*, anew: bool, resume: bool) -> None:
@@ -100,15 +109,18 @@ def recent_replacement() -> str:
 
 def forget_after_fork() -> None:
     """In a forked child: the handler, which `let_go` has put away, and all that it watches, are the parent's."""
-    global _watched, _abandoned
+    global _abandoned  # noqa: PLW0603 - the handler is the process's
     _reinit_lock()  # another thread of the parent may have held it
-    if _watched or _abandoned:
-        _watched, _abandoned = 0, False
+    if _backends:
+        _backends.clear()
+    if _abandoned:
+        _abandoned = False
 
 
 def is_used() -> bool:
     """Return whether any child of this process is known by pid alone, so that a new one of that number must be told of."""
-    return _watched > 0 or _abandoned
+    with _lock:
+        return _abandoned or _count() > 0
 
 
 def claim(pid: int) -> None:
@@ -149,14 +161,14 @@ def settle_abandoned() -> None:
     with _lock:
         if _abandoned and _linux.reap_abandoned() == 0:
             _abandoned = False
-            if _watched == 0:
+            if _count() == 0:
                 _linux.restore_sigchld()
 
 
 class SigchldBackend(Backend):
     """Watch children by pid. A chained SIGCHLD handler in C wakes the loop's reaper; then we look at what is dead."""
 
-    __slots__ = ("_identities", "_look_after", "_pids", "_plan", "_planned_for", "_strangers", "is_due")
+    __slots__ = ("__weakref__", "_identities", "_look_after", "_pids", "_plan", "_planned_for", "_strangers", "is_due")
 
     name = "sigchld"
 
@@ -175,11 +187,13 @@ class SigchldBackend(Backend):
         self._planned_for = _NEVER
         self._look_after = 0.0
         self.is_due = False  # to be looked for those that no signal has named, by `reap`
+        with _lock:
+            _backends.add(self)
 
     def add(self, pid: int, flags: int) -> int:
         """Watch a child, or, without ADD_CHECK_CHILD, a stranger."""
         self._pids.add(pid, bool(flags & _reaper.ADD_PEEK))
-        _count(1)  # the handler is in place before we look, so that an end after the look is signalled
+        _on_added()  # the handler is in place before we look, so that an end after the look is signalled
         try:
             ended = _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except OSError as exc:
@@ -214,7 +228,7 @@ class SigchldBackend(Backend):
         if pid in self._strangers:
             del self._strangers[pid]
         elif self._pids.remove(pid):
-            _count(-1)
+            _on_removed()
 
     def is_recycled(self, pid: int, pidfd: int) -> bool:
         """Ask who has the number now."""
@@ -271,7 +285,7 @@ class SigchldBackend(Backend):
                 yield record
             if count:
                 self._pids.release()
-                _count(-count)
+                _on_removed()
             if count < _reaper.BATCH_SIZE:
                 return
 
@@ -299,7 +313,7 @@ class SigchldBackend(Backend):
         self._identities.clear()
         count, self._pids = len(self._pids), _reaper.Pids()
         if count:
-            _count(-count)
+            _on_removed()
 
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
         """Signal by pid, which is the child's until it is reaped: not by us meanwhile, for the registry's lock is held."""
