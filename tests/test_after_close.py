@@ -264,6 +264,7 @@ def test_zombie_that_its_loop_has_not_seen_is_reaped_as_the_loop_is_closed(loop_
 
 def test_signal_to_a_child_of_a_closed_loop_leaves_no_handler_behind(loop_factory: LoopFactory) -> None:
     """While the signal is sent the handler leaves the child alone, and counts it once then."""
+    _sigchld.settle_abandoned()  # those of earlier tests
     before = _linux.describe_sigchld()
     program = run(loop_factory, start_program)
     program.send_signal(signal.SIGCONT)
