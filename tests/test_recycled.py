@@ -105,13 +105,15 @@ async def test_handle_of_a_new_child_is_not_that_of_the_last(first: Choice, recy
 
 async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: LoopFactory, recycle: Recycle) -> None:
     """The other loop knows it by pid alone, and would reap the new child of this one."""
-    watching, go_on = threading.Event(), threading.Event()
+    watching, is_recycled, noticed, go_on = (threading.Event() for _ in range(4))
     told: list[int] = []
 
     async def watch_elsewhere() -> None:
         old = observe(child.pid, "sigchld", "handler")
         watching.set()
+        is_recycled.wait(10)  # or that loop would notice the theft before
         told.append(await asyncio.wait_for(old, 10))
+        noticed.set()
         go_on.wait(10)
 
     with one_held() as child:
@@ -121,7 +123,9 @@ async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: L
         steal(child, 5)
         order = recycle(child.pid)
         new = observe(child.pid, "pidfd", "spawned")
+        is_recycled.set()
         os.write(order, b"6\n")
+        noticed.wait(10)  # this loop would be the first to reap it
         assert await asyncio.wait_for(new, 10) == 6
         go_on.set()
         thread.join()

@@ -28,8 +28,8 @@ _BATCHES = 4
 STRANGER_GRACE_S = 1.0
 
 
-# Those that may watch children by pid alone.
-by_pid: weakref.WeakSet[Collector] = weakref.WeakSet()
+# Those that may watch children by pid alone, by their id. `valuerefs` makes a list of them whatever other threads add.
+by_pid: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
 
 
 class Collector:
@@ -212,7 +212,7 @@ class Collector:
     def _get_sigchld(self) -> SigchldBackend:
         if self._sigchld is None:
             self._sigchld = SigchldBackend(self._reaper, self._plan_look)
-            by_pid.add(self)
+            by_pid[id(self)] = self
         return self._sigchld
 
     def _give_up_stranger(self, child: Child) -> None:

@@ -220,8 +220,10 @@ class Registry(Collector):
         """Have every loop that watches by pid alone, and the handler, know of a new child. Not under the lock."""
         if is_used():
             claim(pid)
-            for registry in tuple(by_pid):
-                registry.retire(pid)
+            for known in by_pid.valuerefs():
+                registry = known()
+                if registry is not None:
+                    registry.retire(pid)
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
