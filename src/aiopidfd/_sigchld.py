@@ -34,7 +34,9 @@ _NEVER = float("inf")
 # The handler is the process's; it is in place while any loop watches a child by it. Re-entrant for Python signal handlers.
 _lock = RLock()
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
-_backends: weakref.WeakSet[SigchldBackend] = weakref.WeakSet()
+_backends: set[weakref.ReferenceType[SigchldBackend]] = (
+    set()
+)  # no WeakSet: each start of a program looks whether it is empty
 _abandoned = False
 _replaced: tuple[float, str] = (0.0, "")  # when our handler was found replaced while it was needed, and by what
 _warned_of_ignored = False
@@ -43,7 +45,8 @@ _warned_of_storm = False
 
 def _count() -> int:
     """Return how many children are watched, by all loops. Asked for anew: an interrupt would leave a running total wrong."""
-    return sum(len(backend._pids) for backend in _backends)
+    # A copy: while a tuple is made, the garbage collector may run, and take a backend out.
+    return sum(len(backend._pids) for known in _backends.copy() if (backend := known()) is not None)
 
 
 def _on_added() -> None:
@@ -119,8 +122,7 @@ def forget_after_fork() -> None:
 
 def is_used() -> bool:
     """Return whether any child of this process is known by pid alone, so that a new one of that number must be told of."""
-    with _lock:
-        return _abandoned or _count() > 0
+    return _abandoned or (bool(_backends) and _count() > 0)
 
 
 def claim(pid: int) -> None:
@@ -187,8 +189,7 @@ class SigchldBackend(Backend):
         self._planned_for = _NEVER
         self._look_after = 0.0
         self.is_due = False  # to be looked for those that no signal has named, by `reap`
-        with _lock:
-            _backends.add(self)
+        _backends.add(weakref.ref(self, _backends.discard))
 
     def add(self, pid: int, flags: int) -> int:
         """Watch a child, or, without ADD_CHECK_CHILD, a stranger."""
