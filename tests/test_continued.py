@@ -296,6 +296,7 @@ task.cancel()
 try:
     run(task)
 except asyncio.CancelledError:
+    loop.close()
     print("done")
 """
 
@@ -317,6 +318,7 @@ def child():
     assert other.run_until_complete(limited(fork())) == 3
 assert in_child(child)
 assert run(program()) == 3
+loop.close()
 print("done")
 """
 
