@@ -59,7 +59,8 @@ def test_test_that_leaves_something_fails(lists: bool, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=60)
     failed = [line.partition("::")[2].partition(" ")[0] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
     assert failed == ["test_zombie", "test_child_that_lives", "test_descriptor"], done.stdout + done.stderr
-    reasons = [line for line in done.stdout.splitlines() if line.startswith("E ")]  # the summary has them, too, where CI is set
+    # The summary at the end has them, too, where CI is set.
+    reasons = [line for line in done.stdout.splitlines() if line.startswith("E ")]
     assert sum("AssertionError: children left" in line for line in reasons) == 2, done.stdout
     assert "4 passed, 3 errors" in done.stdout
 
