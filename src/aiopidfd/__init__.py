@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._child import notify_ready
@@ -9,7 +10,8 @@ from ._exit import ExitStatus
 from ._features import Features, features
 from ._fork import ChildStartError, afork
 from ._forkserver import ForkServer
-from ._loops import SelectorEventLoop, make_policy_class, make_uvloop_class, run
+from ._loops import SelectorEventLoop, make_uvloop_class, run
+from ._policy import make_policy_class
 from ._process import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
 from ._watcher import PidfdWatcher, wait
 
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 # Made when they are first asked for: one needs an extra, of the other Python 3.14 warns, and 3.16 has nothing to make it of.
-_LAZY = {"EventLoopPolicy": make_policy_class, "UvloopEventLoop": make_uvloop_class}
+_LAZY: dict[str, Callable[[], type[Any]]] = {"EventLoopPolicy": make_policy_class, "UvloopEventLoop": make_uvloop_class}
 
 # What type checkers read above is looked up below, so that `from aiopidfd import *` asks for nothing that cannot be had.
 _NAMES = tuple(__all__)

@@ -1,33 +1,24 @@
-"""The plug: loops whose subprocesses are started and reaped through the registry, and ways to run on them."""
+"""Loop classes whose subprocesses are started and reaped through the registry, and `run()`."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import threading
-import warnings
-import weakref
 from collections.abc import Callable, Coroutine
-from functools import partial
+from functools import lru_cache
 from typing import Any, TypeVar
 
-from ._subprocess import Transported, subprocess_exec, subprocess_shell
+from ._plug import Plugged
 
 _T = TypeVar("_T")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
-class _Plugged:
-    """What our loop classes have before the loop that they extend: the loop is the first argument of these functions."""
-
-    subprocess_exec = subprocess_exec
-    subprocess_shell = subprocess_shell
-
-
-class SelectorEventLoop(_Plugged, asyncio.SelectorEventLoop):  # type: ignore[misc] # _Plugged's signatures are wider
+class SelectorEventLoop(Plugged, asyncio.SelectorEventLoop):  # type: ignore[misc] # Plugged's signatures are wider
     """asyncio's loop, with subprocesses that need no policy, no child watcher, no thread and no signal."""
 
 
+@lru_cache(maxsize=1)  # one class, for users and for `run()`
 def make_uvloop_class() -> type[asyncio.AbstractEventLoop]:
     """Return the class `UvloopEventLoop`. ImportError: uvloop is not installed."""
     try:
@@ -35,7 +26,7 @@ def make_uvloop_class() -> type[asyncio.AbstractEventLoop]:
     except ImportError as exc:
         raise ImportError("UvloopEventLoop needs uvloop: pip install 'aiopidfd[uvloop]'") from exc
 
-    class UvloopEventLoop(_Plugged, uvloop.Loop):  # type: ignore[misc] # _Plugged's signatures are wider
+    class UvloopEventLoop(Plugged, uvloop.Loop):  # type: ignore[misc] # Plugged's signatures are wider
         """uvloop's loop, with subprocesses that cost no fork() and whose end is seen whoever reaps them."""
 
     UvloopEventLoop.__module__ = "aiopidfd"
@@ -45,13 +36,10 @@ def make_uvloop_class() -> type[asyncio.AbstractEventLoop]:
 
 def best_loop_factory() -> LoopFactory:
     """Return our loop class on uvloop if that is installed, else on asyncio's own loop."""
-    import aiopidfd  # noqa: PLC0415 - its lazily made class is the one that users know
-
     try:
-        factory: LoopFactory = aiopidfd.UvloopEventLoop
+        return make_uvloop_class()
     except ImportError:
-        factory = SelectorEventLoop
-    return factory
+        return SelectorEventLoop
 
 
 def run(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None = None, debug: bool | None = None) -> _T:
@@ -100,93 +88,3 @@ def _run_before_runner(main: Coroutine[Any, Any, _T], factory: LoopFactory, debu
         finally:
             asyncio.set_event_loop(None)
             loop.close()
-
-
-def make_policy_class() -> type[Any]:
-    """Return the class `EventLoopPolicy`; made on demand, since Python 3.14 warns of every look at a policy class.
-
-    ImportError: there are no event loop policies, as from Python 3.16 on.
-    """
-    from ._watcher import PidfdWatcher  # noqa: PLC0415 - it imports this module
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            base: type[Any] = asyncio.DefaultEventLoopPolicy
-        except AttributeError:
-            raise ImportError(
-                "EventLoopPolicy needs asyncio's event loop policies, which Python 3.16 has removed: use "
-                "aiopidfd.run(main()), or asyncio.run(main(), loop_factory=aiopidfd.SelectorEventLoop)",
-                name="aiopidfd",
-            ) from None
-
-    class EventLoopPolicy(base):  # type: ignore[misc] # the base depends on the Python version
-        """For programs that still set an event loop policy (Python 3.9 to 3.15): its loops are `loop_factory`'s.
-
-        Without a factory: `UvloopEventLoop` if uvloop is installed, else `SelectorEventLoop`. On Python 3.9 to 3.13
-        `asyncio.get_child_watcher` and `set_child_watcher` work, on uvloop too.
-        """
-
-        def __init__(self, loop_factory: LoopFactory | None = None) -> None:
-            super().__init__()
-            self._aiopidfd_factory = loop_factory or best_loop_factory()
-            self._aiopidfd_watcher: Any = None
-
-        def new_event_loop(self) -> asyncio.AbstractEventLoop:
-            """Return a new loop."""
-            return self._aiopidfd_factory()
-
-        def get_child_watcher(self) -> Any:
-            """Return the child watcher, a `PidfdWatcher` unless another one was set."""
-            if self._aiopidfd_watcher is None:
-                self._aiopidfd_watcher = PidfdWatcher()
-            return self._aiopidfd_watcher
-
-        def set_child_watcher(self, watcher: Any) -> None:
-            """Set the child watcher, and close the one before. Subprocesses of our loops do not need one."""
-            if self._aiopidfd_watcher is not None:
-                self._aiopidfd_watcher.close()
-            self._aiopidfd_watcher = watcher
-
-        def set_event_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
-            """Set the current loop; in the main thread attach the child watcher to it, as asyncio's policy does."""
-            super().set_event_loop(loop)
-            if self._aiopidfd_watcher is not None and threading.current_thread() is threading.main_thread():
-                self._aiopidfd_watcher.attach_loop(loop)
-
-    EventLoopPolicy.__module__ = "aiopidfd"
-    EventLoopPolicy.__qualname__ = "EventLoopPolicy"
-    return EventLoopPolicy
-
-
-# Loops that somebody else made, and the watchers that have plugged into them. A watcher that was dropped stays plugged.
-_plugs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[weakref.ref[object]]] = weakref.WeakKeyDictionary()
-
-
-def plug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
-    """Have the subprocesses of `loop` go through its registry, until every watcher that plugged it has unplugged it."""
-    if isinstance(loop, _Plugged):
-        return
-    plugs = _plugs.setdefault(loop, set())
-    if not plugs:
-        # On the instance, so that other loops of the class stay as they are. Weak: the loop must not hold itself.
-        for function in (subprocess_exec, subprocess_shell):
-            setattr(loop, function.__name__, partial(_call_plugged, function, weakref.ref(loop)))
-    plugs.add(weakref.ref(watcher))
-
-
-def unplug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
-    """Take back `plug`."""
-    plugs = _plugs.get(loop)
-    if plugs is None:
-        return
-    plugs.discard(weakref.ref(watcher))
-    if not plugs:
-        del _plugs[loop]
-        for function in (subprocess_exec, subprocess_shell):
-            delattr(loop, function.__name__)
-
-
-async def _call_plugged(function: Any, loop_ref: Any, *args: Any, **kwargs: Any) -> Transported:
-    transported: Transported = await function(loop_ref(), *args, **kwargs)
-    return transported

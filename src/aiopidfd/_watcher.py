@@ -12,7 +12,7 @@ from typing import Any
 
 from ._backend import Choice, check_choice, require
 from ._exit import ExitStatus
-from ._loops import plug, unplug
+from ._plug import plug, unplug
 from ._registries import find_registries, registry_of
 from ._registry import Registry
 
