@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _failover, _linux, _reaper, afork, wait
+from aiopidfd import PidfdWatcher, _collector, _linux, _reaper, afork, wait
 from aiopidfd._registries import registry_of
 from tests.children import held, one_held
 from tests.conftest import LoopFactory
@@ -84,7 +84,7 @@ async def test_afork_and_programs_notice_a_closed_reaper() -> None:
     async with await afork(lambda: 5) as forked:
         assert await forked.wait() == 5
     await lose_reaper(False)
-    await asyncio.sleep(_failover._TRIAL_S)
+    await asyncio.sleep(_collector.TRIAL_S)
     process = await asyncio.create_subprocess_exec("sh", "-c", "exit 4")
     assert await process.wait() == 4
     watcher.close()

@@ -1,4 +1,10 @@
-"""What has ended among the watched processes of one loop: reaped, noted, and told to whoever observes it."""
+"""What has ended among the watched processes of one loop: reaped, noted, and told to whoever observes it.
+
+The reaper fails when somebody else closes its descriptor: os.closerange() in a library that makes the process a daemon, or a
+second close of a number that was used again. That may have closed the pidfds, too, and all of these numbers may be others'
+by now. Or a seccomp filter that has been put in place since forbids epoll_wait. Then another reaper is opened, or else the
+children are asked for once a second.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import Context
@@ -14,8 +21,8 @@ from . import _linux, _reaper
 from ._birth import Birth
 from ._ends import Ends
 from ._exit import ExitStatus
-from ._failover import replace_reaper
 from ._gate import Gates
+from ._identity import is_pidfd_of
 from ._loop_link import LoopLink
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend
@@ -26,6 +33,9 @@ _BATCHES = 4
 
 # How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
 STRANGER_GRACE_S = 1.0
+
+# A reaper that fails sooner than this is not replaced.
+TRIAL_S = 1.0
 
 
 # Those that may watch children by pid alone, by their id. `valuerefs` makes a list of them whatever other threads add.
@@ -145,11 +155,59 @@ class Collector:
             is_new = failure not in self._failures
             self._failures.add(failure)
             if isinstance(exc, OSError) and self._reaper.fd >= 0:
-                replace_reaper(self, exc)
+                self._replace_reaper(exc)
         if is_new:
             self.link.call_soon(
                 self._ends.report, exc, "aiopidfd cannot reap children as it should, and goes on by other means"
             )
+
+    def _replace_reaper(self, exc: OSError) -> None:
+        """Have another reaper hold the children, or watch them by pid. Under the lock."""
+        reaper, now = self._reaper, time.monotonic()
+        if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or not an epoll
+            reaper.forget()
+        else:
+            reaper.close()
+        self.gates.fail_all()
+        if now - self.replaced_at > TRIAL_S:
+            try:
+                reaper.reopen()
+                if self._sigchld is not None:
+                    reaper.add_wake(_linux.open_sigchld())
+            except OSError:  # out of descriptors; or the one that the handler wakes was closed, too
+                reaper.close()
+        self.replaced_at = now
+        self.link.move(reaper.fd)
+        for child in tuple(self._children.values()):
+            if child.backend is self._pidfd:
+                self._watch_again(child)
+        if self._sigchld is not None:
+            self._start_checking()
+
+    def _watch_again(self, child: Child) -> None:
+        pid, flags = child.pid, _reaper.ADD_PEEK if child.peek else 0
+        pidfd, child.pidfd = child.pidfd, -1
+        if not is_pidfd_of(pidfd, pid):
+            _linux.disown(pidfd)
+            pidfd = -1
+            if not child.stranger:
+                flags |= _reaper.ADD_CHECK_CHILD
+        try:
+            if self._reaper.fd < 0:
+                child.backend = self._get_sigchld()
+                child.backend.add(pid, flags)
+            elif pidfd < 0:
+                child.pidfd = self._reaper.add(pid, flags)
+            else:
+                self._reaper.adopt(pid, pidfd, flags)
+                child.pidfd, pidfd = pidfd, -1
+        except OSError:  # somebody else has reaped it; or out of descriptors
+            child.backend = self._pidfd
+            child.pidfd, pidfd = pidfd, -1
+            self._retire(child)
+        finally:
+            if pidfd >= 0:
+                _linux.close_owned(pidfd)
 
     def _plan_look(self, delay_s: float, number: float) -> None:
         self.link.call_later(delay_s, self._look, number)
