@@ -132,6 +132,11 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
+def calls_users(protocol: asyncio.BaseProtocol) -> bool:
+    """Return whether the protocol, being called, may call a user's code: any but asyncio's own, which completes futures."""
+    return type(protocol) is not SubprocessStreamProtocol
+
+
 class SubprocessTransport(asyncio.SubprocessTransport):
     """One subprocess and the transports of its pipes.
 
@@ -140,6 +145,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     """
 
     _closed = True  # until the process is watched: a constructor that fails has nothing to close
+    _calls_users = False  # and no context
 
     def __init__(
         self,
@@ -153,7 +159,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._loop = loop
         self._registry = registry
         self._protocol: asyncio.SubprocessProtocol | None = protocol
-        registry.contexts[id(self)] = copy_context()
+        if calls_users(protocol):
+            self._calls_users = True
+            registry.contexts[id(self)] = copy_context()
         self._process = process
         self._returncode: int | None = None
         self._exit_told = False
@@ -175,7 +183,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return f"<{type(self).__name__}{' closed' if self._closed else ''} pid={self._process.pid} {state}{pipes}>"
 
     def __del__(self) -> None:
-        self._registry.contexts.pop(id(self), None)
+        self._forget_context()
         # The registry holds a transport whose process runs, so this one has ended, or its loop is closed: nothing to kill.
         if not self._closed:
             warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=2)
@@ -183,13 +191,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _connect(self) -> None:
         """Connect the pipes, and the protocol after them."""
         process = self._process
-        for fd, name in enumerate(("stdin", "stdout", "stderr")):
-            file = getattr(process, name)
-            if file is None:
+        for fd, made in enumerate((process.stdin, process.stdout, process.stderr)):
+            if made is None:
                 continue
-            if type(file) is FileIO:  # Popen has made it
-                file = take_over(file)
-                setattr(process, name, file)
+            file: Any = made
+            if type(made) is FileIO:  # Popen has made it
+                file = take_over(made)
+                setattr(process, ("stdin", "stdout", "stderr")[fd], file)
             pipe = self._pipes[fd] = _PipeProtocol(self, fd)
             if fd == 0:
                 pipe.transport = WritePipeTransport(self._loop, file, pipe)
@@ -207,9 +215,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         neither the pipe's transport nor the registry. Each call has a copy of the context, as on asyncio's loops: a context
         cannot be entered twice, and the protocol may call us, or run the loop.
         """
-        context = self._registry.contexts.get(id(self))
+        context = self._registry.contexts.get(id(self)) if self._calls_users else None
         try:
-            if context is None:  # all is over
+            if context is None:  # nobody's code is called, or all is over
                 callback(*args)
             else:
                 context.copy().run(callback, *args)
@@ -227,7 +235,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if not waiter.done():
                 waiter.set_result(None)
         if self._protocol is not None:
-            if self._may_nest():
+            if self._calls_users:
                 self._registry.link.renew()
             self._call(self._tell_exit)
 
@@ -257,11 +265,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             protocol, self._protocol = self._protocol, None
             self._closed = True
             self._call(protocol.connection_lost, None)
+            self._forget_context()
+
+    def _forget_context(self) -> None:
+        if self._calls_users:
             self._registry.contexts.pop(id(self), None)
 
     def _may_nest(self) -> bool:
-        """Return whether the protocol, being called, may run the loop: not asyncio's own."""
-        return type(self._protocol) is not SubprocessStreamProtocol and can_nest(self._loop)
+        """Return whether the protocol, being called, may run the loop."""
+        return self._calls_users and can_nest(self._loop)
 
     async def _wait(self) -> int:
         """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
@@ -285,6 +297,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Set the protocol that is told from now on."""
+        if self._protocol is not None and not self._calls_users and calls_users(protocol):
+            self._calls_users = True
+            self._registry.contexts[id(self)] = copy_context()
         self._protocol = protocol  # type: ignore[assignment] # the stub is wider than what a subprocess can have
 
     def get_protocol(self) -> asyncio.BaseProtocol:
