@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,13 +35,30 @@ else:
 _METHODS: Final = ("__init__", "_execute_child", "_get_handles")
 _GLOBALS: Final = vars(subprocess)
 _FILE: Final = subprocess.list2cmdline.__code__.co_filename
+_get_fork: Final = attrgetter("_fork_exec" if sys.version_info >= (3, 11) else "_posixsubprocess.fork_exec")
+
+# What was plain at the last look, and is so as long as it is the same: the methods and their code, and what forks.
+_plain: tuple[Any, ...] = (object(),) * 7
 
 
 def is_plain() -> bool:
     """Return whether subprocess.Popen is Python's own, and nothing in it was replaced or wrapped."""
-    if subprocess.Popen is not PythonsPopen:
+    global _plain  # noqa: PLW0603 - Popen is the process's
+    methods: Any = PythonsPopen.__dict__
+    if subprocess.Popen is not PythonsPopen or "__new__" in methods:
         return False
-    methods = PythonsPopen.__dict__
+    init, init_code, execute, execute_code, handles, handles_code, fork = _plain
+    if (
+        methods.get("__init__") is init
+        and init.__code__ is init_code
+        and methods.get("_execute_child") is execute
+        and execute.__code__ is execute_code
+        and methods.get("_get_handles") is handles
+        and handles.__code__ is handles_code
+        and _get_fork(subprocess) is fork
+    ):
+        return True
+    seen: list[Any] = []
     for name in _METHODS:
         function = methods.get(name)
         if (
@@ -50,11 +68,12 @@ def is_plain() -> bool:
             or function.__dict__  # where those that replace code keep the code that was there
         ):
             return False
-    if sys.version_info >= (3, 11):
-        fork = _GLOBALS["_fork_exec"]
-    else:
-        fork = _GLOBALS["_posixsubprocess"].fork_exec
-    return type(fork) is type(os.posix_spawn) is BuiltinFunctionType and "__new__" not in methods
+        seen += function, function.__code__
+    fork = _get_fork(subprocess)
+    if not type(fork) is type(os.posix_spawn) is BuiltinFunctionType:
+        return False
+    _plain = (*seen, fork)
+    return True
 
 
 def popen(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
