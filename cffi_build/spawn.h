@@ -14,7 +14,7 @@ enum {
 /* A program that was started: written before ap_spawn returns, since in Python an interrupt may come right after that. */
 typedef struct {
     int pid;   /* 0 until it was started */
-    int pidfd; /* -1: none */
+    int pidfd; /* once there is a pid; -1: none */
     int held;  /* the reaper holds the pidfd, which is owned as after ap_reaper_add */
 } ap_birth;
 

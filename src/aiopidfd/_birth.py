@@ -26,11 +26,9 @@ class Birth:
 
     __slots__ = ("popen", "reaper_fd", "struct")
 
-    def __init__(self, reaper_fd: int) -> None:
-        """`reaper_fd`: what is to hold its pidfd; -1 where children are not watched by pidfd."""
-        self.reaper_fd = reaper_fd
-        self.struct: Any = _linux.new_birth()  # an ap_birth, written in C
-        self.popen: Popen[bytes] | None = None  # if it is Popen that starts it
+    reaper_fd: int  # what is to hold its pidfd; -1 where children are not watched by pidfd
+    struct: Any  # an ap_birth, written in C
+    popen: Popen[bytes] | None  # if it is Popen that starts it
 
     @property
     def pid(self) -> int:
@@ -41,12 +39,16 @@ class Birth:
     @property
     def pidfd(self) -> int:
         """Its pidfd; -1: none."""
-        return int(self.struct.pidfd)
+        return int(self.struct.pidfd) if self.struct.pid else -1
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the reaper holds the pidfd."""
-        return bool(self.struct.held)
+
+def make_birth(reaper_fd: int) -> Birth:
+    """Make one. Not by an __init__, as a Child."""
+    birth = Birth()
+    birth.reaper_fd = reaper_fd
+    birth.struct = _linux.new_birth()
+    birth.popen = None
+    return birth
 
 
 def by(pid: int, pidfd: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _linux
 from ._backend import choose, logger
-from ._birth import Birth, by, kill_unreaped
+from ._birth import Birth, by, kill_unreaped, make_birth
 from ._exit import ExitStatus
 from ._registry import Registry
 from ._watched import Child, Observer
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 def expect_birth(registry: Registry) -> Birth:
     """Return what is to become a program, which `observe_birth` observes then."""
-    birth = Birth(registry._reaper.fd if choose("auto") == "pidfd" else -1)
+    birth = make_birth(registry._reaper.fd if choose("auto") == "pidfd" else -1)
     registry.births.add(birth)
     return birth
 
 
 def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child:
     """Observe a program that was started; once more, to have another observer. Raises as Registry.observe."""
-    pid, pidfd = birth.pid, birth.pidfd
+    pid, popen = birth.pid, birth.popen
     # What stands in for Popen may make numbers up.
-    is_new = birth.popen is None or type(birth.popen).__module__ == "subprocess"
+    is_new = popen is None or type(popen).__module__ == "subprocess"
     if is_new and birth in registry.births:
         registry.take_number(pid)
     with registry._lock:
@@ -37,12 +37,12 @@ def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child
         child = registry._children.get(pid)
         if child is not None and child.remove_observer(birth):
             child.add_observer(birth, observer, None, None)
-        elif birth.is_held:
-            child = registry.observe_spawned(pid, pidfd, birth, observer)
+        elif birth.struct.held:
+            child = registry.observe_spawned(pid, birth.struct.pidfd, birth, observer)
         else:
-            child = registry.observe(pid, birth, observer, pidfd=pidfd, new=is_new)
-    if birth.popen is not None:
-        birth.popen._child_created = False  # type: ignore[attr-defined] # as in _spawn._Process
+            child = registry.observe(pid, birth, observer, pidfd=birth.pidfd, new=is_new)
+    if popen is not None:
+        popen._child_created = False  # type: ignore[attr-defined] # as in _spawn._Process
     return child
 
 

@@ -18,6 +18,7 @@ import os
 import resource
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from . import _proc
@@ -152,13 +153,11 @@ SPAWN_RESTORE_SIGNALS: Final = lib.AP_SPAWN_RESTORE_SIGNALS
 SPAWN_SETSID: Final = lib.AP_SPAWN_SETSID
 
 
-def _block(strings: Sequence[bytes]) -> bytes:
-    return b"\0".join(strings) + b"\0"
+_join: Final = b"\0".join  # the last one's NUL is that which each `bytes` has at its end
 
 
-def new_birth() -> Any:
-    """Return a new `ap_birth`, of no program."""
-    return ffi.new("ap_birth *", (0, -1, 0))
+# Return a new `ap_birth`, of no program.
+new_birth: Final[Callable[[], Any]] = partial(ffi.new, ffi.typeof("ap_birth *"))
 
 
 def spawn(
@@ -185,11 +184,11 @@ def spawn(
     result = lib.ap_spawn(
         birth,
         reaper,
-        _block(paths),
+        _join(paths),
         len(paths),
-        _block(argv),
+        _join(argv),
         len(argv),
-        ffi.NULL if env is None else _block(env),
+        ffi.NULL if env is None else _join(env),
         -1 if env is None else len(env),
         ffi.NULL if cwd is None else cwd,
         pass_fds or ffi.NULL,

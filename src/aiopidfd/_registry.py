@@ -193,13 +193,12 @@ class Registry(Collector):
         return child
 
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
-        """Observe a program whose pidfd the reaper holds since its birth. `take_number` was called."""
-        with self._lock:
-            last = self._children.get(pid)
-            if last is not None:
-                self._retire(last)
-            child = self._children[pid] = make_child(pid, pidfd, self._pidfd, key, observer)
-            return child
+        """Observe a program whose pidfd the reaper holds since its birth. Under the lock; `take_number` was called."""
+        last = self._children.get(pid)
+        if last is not None:
+            self._retire(last)
+        child = self._children[pid] = make_child(pid, pidfd, self._pidfd, key, observer)
+        return child
 
     def watch_by_sigchld(self, child: Child) -> bool:
         """Close the pidfd of a watched child, and watch it on by SIGCHLD; return whether there was one to close."""
