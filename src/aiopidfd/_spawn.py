@@ -14,7 +14,7 @@ from . import _linux
 from ._backend import logger
 from ._birth import Birth
 from ._popen import PythonsPopen, is_plain, popen
-from ._streams import NeedsPopen, Streams, descriptor
+from ._streams import INHERITED, NeedsPopen, Streams, descriptor
 
 # The rest is Popen's: what a child in its parent's memory cannot do (preexec_fn; user and groups, whose libc calls take
 # locks), and what is rare. So is anything in a call that is not plainly right: Popen does it, or refuses it in its words.
@@ -70,9 +70,9 @@ def _spawn(
     if pass_fds and not close_fds:
         raise NeedsPopen  # Popen warns of that
     sys.audit("subprocess.Popen", executable, argv, cwd, env)
-    path = _encode(executable)
-    paths = (path,) if b"/" in path else _search_path(path, env)
     encoded_argv = [_encode(arg) for arg in argv]
+    path = encoded_argv[0] if executable is argv[0] else _encode(executable)
+    paths = (path,) if b"/" in path else _search_path(path, env)
     encoded_env = None if env is None else _encode_env(env)
     encoded_cwd = None if cwd is None else _encode(cwd)
     keep = sorted({descriptor(fd) for fd in pass_fds}) if pass_fds else ()
@@ -83,7 +83,7 @@ def _spawn(
         | (_linux.SPAWN_RESTORE_SIGNALS if restore_signals else 0)
         | (_linux.SPAWN_SETSID if start_new_session else 0)
     )
-    streams = Streams(stdin, stdout, stderr)
+    streams = INHERITED if stdin is stdout is stderr is None else Streams(stdin, stdout, stderr)
     try:
         code, step = _linux.spawn(
             birth.struct,
@@ -105,7 +105,7 @@ def _spawn(
         streams.close_childs()
     if code == 0:
         _note_clone(0)
-        return _Process(args, birth.pid, streams)
+        return _Process(args, birth.struct.pid, streams)
     streams.close_ours()
     if step == _linux.STEP_PARENT:
         if code in _NOT_TO_BE_HAD:

@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from io import FileIO
-from typing import Any
+from typing import Any, Final
 
 from ._pipes import PipeEnd
 
@@ -72,3 +72,7 @@ class Streams:
         for stream in self.ours:
             if stream is not None:
                 stream.close()
+
+
+# Those of every program that has them from us: nothing was made for them, and nothing is to be closed.
+INHERITED: Final = Streams(None, None, None)
