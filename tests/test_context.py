@@ -130,6 +130,24 @@ async def test_protocol_runs_in_the_context_of_who_started_the_process() -> None
     watcher.close()
 
 
+async def test_protocol_that_takes_the_place_of_streams_runs_in_the_context_of_who_has_set_it() -> None:
+    watcher = plugged(asyncio.get_running_loop())
+
+    async def set_protocol(process: Any) -> Recorder:
+        protocol = Recorder()
+        process._transport.set_protocol(protocol)
+        return protocol
+
+    process, starter = await as_user("alice", lambda: asyncio.create_subprocess_exec("cat", stdin=subprocess.PIPE))
+    await forget(starter)  # asyncio's own protocol calls nobody
+    protocol, user = await as_user("bob", set_protocol, process)
+    process.stdin.close()
+    await protocol.lost
+    assert sorted(protocol.calls) == [("connection_lost", "bob"), ("pipe_connection_lost", "bob"), ("process_exited", "bob")]
+    await forget(user)
+    watcher.close()
+
+
 async def test_each_of_many_observers_runs_in_its_own_context() -> None:
     seen: list[str | None] = []
     watchers = [PidfdWatcher() for _ in range(4)]
