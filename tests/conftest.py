@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _backend, _linux, _registries, _sigchld, _threads
+from aiopidfd import _linux, _registries, _sigchld, _threads
+from aiopidfd._backend import ENVIRONMENT, decision, probe_pidfd
 
 try:
     import uvloop
@@ -37,7 +38,7 @@ LOOPS = [
     "asyncio",
     pytest.param("uvloop", marks=pytest.mark.skipif(uvloop is None, reason="uvloop is not installed")),
 ]
-BACKENDS = ["pidfd", "sigchld"] if _backend.probe_pidfd() is None else ["sigchld"]
+BACKENDS = ["pidfd", "sigchld"] if probe_pidfd() is None else ["sigchld"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -75,8 +76,10 @@ def chosen_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Have the environment choose the backend under test, for this process and for those that the test starts."""
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and "backend" in callspec.params:
-        monkeypatch.setenv(_backend.ENVIRONMENT, callspec.params["backend"])
-    monkeypatch.setattr(_backend, "decision", _backend._Decision())
+        monkeypatch.setenv(ENVIRONMENT, callspec.params["backend"])
+    # Nothing is decided yet. Modules have the object, so it stays.
+    monkeypatch.setattr(decision, "name", None)
+    monkeypatch.setattr(decision, "told", set())
 
 
 def _loop_factory(kind: str) -> LoopFactory:

@@ -118,7 +118,7 @@ def decide() -> tuple[BackendName, str]:
     return "sigchld", str(obstacle.strerror)
 
 
-class _Decision:
+class Decision:
     """What "auto" means in this process: decided at first use, and again when a call fails in a way that may change it."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class _Decision:
             logger.info("watching children by %s: %s", name, reason)
 
 
-decision = _Decision()
+decision = Decision()
 
 
 def choose(choice: Choice) -> BackendName:

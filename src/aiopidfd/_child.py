@@ -164,8 +164,10 @@ def take_ready_fd() -> int:
 def forget_readiness() -> None:
     """In a child of an aforked child: the readiness to tell of is not ours."""
     global _ready_fd
+    if _ready_fd is None:
+        return
     fd, _ready_fd = _ready_fd, None
-    if fd is not None and fd >= 0 and is_ready_fd(fd):
+    if fd >= 0 and is_ready_fd(fd):
         os.close(fd)
 
 

@@ -232,8 +232,7 @@ def _after_fork_in_child() -> None:
         for gate in _gates:
             gate.close()
         _gates.clear()
-    if _child._ready_fd is not None:
-        _child.forget_readiness()
+    _child.forget_readiness()
 
 
 async def await_ready(
