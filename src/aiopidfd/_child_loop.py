@@ -11,8 +11,10 @@ import warnings
 from asyncio import events
 from typing import Any
 
+from ._policy import make_policy_class
+
 # Whose set_event_loop does no more than to set it, and to tell the child watcher.
-_PLAIN = frozenset({"asyncio.events", "asyncio.unix_events", "aiopidfd._loops"})
+_PLAIN = frozenset({"asyncio.events", "asyncio.unix_events", make_policy_class.__module__})
 
 _WATCHERS = "_watcher", "_aiopidfd_watcher"
 

@@ -148,7 +148,7 @@ def _spawn(wire: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:
     modules = [name for name in preload if name != "__main__"]
     paths = [path for path in sys.path if isinstance(path, str)]
     program = (
-        f"import sys; sys.path[:] = {paths!r}; from aiopidfd._forkserver_main import main; "
+        f"import sys; sys.path[:] = {paths!r}; from {serve.__module__} import main; "
         f"main({number}, {modules!r}, {main_module(preload)!r})"
     )
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # what multiprocessing uses, too
