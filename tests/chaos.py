@@ -15,8 +15,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import aiopidfd
-from aiopidfd._exit import LOST_RETURNCODE
-from aiopidfd._linux import can_recover_exit
+from aiopidfd._kernel.exit_status import LOST_RETURNCODE
+from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._registries import registry_of
 
 from .chaos_lives import PATIENCE_S, Act, Held

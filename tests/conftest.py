@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _linux, _registries, _sigchld, _threads
+from aiopidfd import _registries, _sigchld
 from aiopidfd._backend import ENVIRONMENT, decision, probe_pidfd
+from aiopidfd._kernel import syscalls, threads
 
 try:
     import uvloop
@@ -117,7 +118,7 @@ def process_wide_descriptors() -> None:
     """Let libuv open the pipe that it opens once, with the first loop of the process, and keeps."""
     if uvloop is not None:
         uvloop.new_event_loop().close()
-    _linux.open_sigchld()  # and aiopidfd what its handler wakes
+    syscalls.open_sigchld()  # and aiopidfd what its handler wakes
 
 
 def open_descriptors() -> dict[int, str]:
@@ -184,7 +185,7 @@ def nothing_left_behind(process_wide_descriptors: None) -> Iterator[None]:
 def one_thread() -> None:
     """Be alone: a fork server is made in another way beside threads."""
     deadline = time.monotonic() + 10
-    while (_threads.count_threads() or 1) > 1:  # those that an earlier test has joined are gone a moment later
+    while (threads.count_threads() or 1) > 1:  # those that an earlier test has joined are gone a moment later
         assert time.monotonic() < deadline
         time.sleep(0.001)
 

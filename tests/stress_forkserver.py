@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiopidfd
-from aiopidfd._linux import can_recover_exit
+from aiopidfd._kernel.syscalls import can_recover_exit
 
 from .conftest import children
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ChildStartError, _linux, _registries, _sigchld, afork
+from aiopidfd import ChildStartError, _registries, _sigchld, afork
+from aiopidfd._kernel import syscalls
 
 from .conftest import LoopFactory, run_on
 from .seccomp import compile_c
@@ -59,19 +60,19 @@ def test_lock_held_by_another_thread_is_free_in_a_forked_child(lock: Any, loop_f
 
 _LOCK_IN_C = """
 import ctypes, os, signal, sys, threading, warnings
-from aiopidfd import _linux
+from aiopidfd._kernel import syscalls
 warnings.simplefilter("ignore")  # of a fork beside a thread
-os.register_at_fork(after_in_child=_linux.let_go)
+os.register_at_fork(after_in_child=syscalls.let_go)
 (entered_read, entered), (go, go_write) = os.pipe(), os.pipe()
 ctypes.CDLL(sys.argv[1]).hold_next(entered, go)
-thread = threading.Thread(target=_linux.install_sigchld)
+thread = threading.Thread(target=syscalls.install_sigchld)
 thread.start()
 os.read(entered_read, 1)  # it has the lock
 pid = os.fork()
 if pid == 0:
     signal.alarm(3)  # ends who waits for a lock that nobody will ever release
-    _linux.install_sigchld()
-    _linux.restore_sigchld()
+    syscalls.install_sigchld()
+    syscalls.restore_sigchld()
     os._exit(7)
 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 os.write(go_write, b"x")
@@ -129,7 +130,7 @@ async def test_lock_of_forks_held_by_another_thread_is_free_in_a_forked_child(lo
 def test_forks_of_two_threads_take_turns(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each child would hold the other one's gate. The first fork goes on when the second one is in line, or forks."""
     first_forks, second_has_come, second_forks = threading.Event(), threading.Event(), threading.Event()
-    real_fork, real_fork_child, overlapped = os.fork, _linux.fork_child, []
+    real_fork, real_fork_child, overlapped = os.fork, syscalls.fork_child, []
 
     def fork() -> int:
         if first_forks.is_set():
@@ -155,7 +156,7 @@ def test_forks_of_two_threads_take_turns(loop_factory: LoopFactory, monkeypatch:
         codes.append(run_on(loop_factory, fork_and_wait()))
 
     monkeypatch.setattr(os, "fork", fork)
-    monkeypatch.setattr(_linux, "fork_child", fork_child)
+    monkeypatch.setattr(syscalls, "fork_child", fork_child)
     second = threading.Thread(target=run_second)
     second.start()
     codes.append(run_on(loop_factory, fork_and_wait()))

@@ -7,9 +7,10 @@ import os
 
 import pytest
 
-from aiopidfd import PidfdChildProcess, _linux, _proc
+from aiopidfd import PidfdChildProcess
 from aiopidfd._backend import probe_pidfd
-from aiopidfd._linux import open_pidfd
+from aiopidfd._kernel import proc, syscalls
+from aiopidfd._kernel.syscalls import open_pidfd
 
 from .children import held, one_held
 
@@ -31,16 +32,16 @@ class OlderKernel:
 def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How it is known here whose pidfd it is."""
     if request.param != "by the kernel":
-        get_pid = _linux.get_pid
+        get_pid = syscalls.get_pid
 
         def get_pid_as_before(pidfd: int) -> int | None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_linux, "lib", OlderKernel)
+                patch.setattr(syscalls, "lib", OlderKernel)
                 return get_pid(pidfd)
 
-        monkeypatch.setattr(_linux, "get_pid", get_pid_as_before)
+        monkeypatch.setattr(syscalls, "get_pid", get_pid_as_before)
     if request.param == "by waitid":
-        monkeypatch.setattr(_proc, "read_pid", lambda pidfd: None)
+        monkeypatch.setattr(proc, "read_pid", lambda pidfd: None)
     return str(request.param)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import PidfdWatcher, _identity, _linux, _orphans, _registries, _sigchld
+from aiopidfd import PidfdWatcher, _orphans, _registries, _sigchld
+from aiopidfd._kernel import identity, syscalls
 from tests.children import Held, few_descriptors, one_held
 from tests.conftest import BACKENDS, LoopFactory, children
 from tests.workers import wait_for_signal
@@ -106,9 +107,9 @@ def test_signal_goes_to_no_other_process_with_the_number(
 ) -> None:
     """The child that is there is another one than at the time of the closing, as far as its identity says."""
     if known_by != "inode":
-        monkeypatch.setattr(_identity, "inode_of", lambda *_: None)
+        monkeypatch.setattr(identity, "inode_of", lambda *_: None)
     if known_by == "nothing":
-        monkeypatch.setattr(_identity, "started_at", lambda *_: None)
+        monkeypatch.setattr(identity, "started_at", lambda *_: None)
     child = run(loop_factory, start_child)
     monkeypatch.setattr(_orphans, "inode_of", lambda *_: 1)
     monkeypatch.setattr(_orphans, "started_at", lambda *_: b"1")
@@ -125,7 +126,7 @@ def test_signal_goes_to_no_other_process_with_the_number(
 
 def test_signal_that_needs_a_descriptor_says_so(loop_factory: LoopFactory, backend: str) -> None:
     child = run(loop_factory, start_child)
-    if _identity.inode_of(os.getpid()) is None:
+    if identity.inode_of(os.getpid()) is None:
         pytest.skip("pidfds have no inodes of their own here (Linux before 6.9)")
     with few_descriptors(0), pytest.raises(OSError, match="out of descriptors"):
         child.kill()
@@ -136,11 +137,11 @@ def test_signal_that_needs_a_descriptor_says_so(loop_factory: LoopFactory, backe
 
 def test_without_pidfds_it_is_the_start_that_tells(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int) -> int:
-        raise _linux.error(38, "pidfd_open")
+        raise syscalls.error(38, "pidfd_open")
 
-    monkeypatch.setattr(_identity, "inode_of", lambda *_: None)
+    monkeypatch.setattr(identity, "inode_of", lambda *_: None)
     child = run(loop_factory, start_child)
-    monkeypatch.setattr(_linux, "open_pidfd", refuse)
+    monkeypatch.setattr(syscalls, "open_pidfd", refuse)
     child.terminate()
     await_end(child.pid)
 
@@ -265,12 +266,12 @@ def test_zombie_that_its_loop_has_not_seen_is_reaped_as_the_loop_is_closed(loop_
 def test_signal_to_a_child_of_a_closed_loop_leaves_no_handler_behind(loop_factory: LoopFactory) -> None:
     """While the signal is sent the handler leaves the child alone, and counts it once then."""
     _sigchld.settle_abandoned()  # those of earlier tests
-    before = _linux.describe_sigchld()
+    before = syscalls.describe_sigchld()
     program = run(loop_factory, start_program)
     program.send_signal(signal.SIGCONT)
     program._transport.close()  # which kills it
     while children():
         time.sleep(0.001)
     _sigchld.settle_abandoned()
-    assert _linux.reap_abandoned() == 0
-    assert _linux.describe_sigchld() == before
+    assert syscalls.reap_abandoned() == 0
+    assert syscalls.describe_sigchld() == before

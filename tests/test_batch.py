@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _reaper
+from aiopidfd import PidfdWatcher
+from aiopidfd._kernel.reaper import Reaper
 from aiopidfd._registries import registry_of
 
 from .children import one_held
@@ -21,10 +22,10 @@ pytestmark = pytest.mark.skipif("pidfd" not in WORKING, reason="pidfds are forbi
 async def test_pidfd_of_a_child_that_is_dropped_amid_its_batch_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its number may be another descriptor's a moment later."""
     registry, watcher = registry_of(asyncio.get_running_loop()), PidfdWatcher()
-    reap = _reaper.Reaper.reap
+    reap = Reaper.reap
     somebodys: list[int] = []
 
-    def reap_and_drop(reaper: _reaper.Reaper) -> object:
+    def reap_and_drop(reaper: Reaper) -> object:
         batch = reap(reaper)
         if batch[0] and not somebodys:
             pidfd = registry._children[child.pid].pidfd
@@ -36,7 +37,7 @@ async def test_pidfd_of_a_child_that_is_dropped_amid_its_batch_is_closed_once(mo
     with one_held() as child, one_held() as other:
         told = asyncio.get_running_loop().create_future()
         watcher.add_child_handler(child.pid, lambda *_: told.set_exception(AssertionError("it was dropped")))
-        monkeypatch.setattr(_reaper.Reaper, "reap", reap_and_drop)
+        monkeypatch.setattr(Reaper, "reap", reap_and_drop)
         child.end_unreaped(1)
         while not somebodys:
             await asyncio.sleep(0)

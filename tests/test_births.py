@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _births, _linux, _spawn, _subprocess
+from aiopidfd import _births, _spawn, _subprocess
+from aiopidfd._kernel import syscalls
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
 
@@ -128,13 +129,13 @@ def patch_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patch_after_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    spawn = _linux.spawn
+    spawn = syscalls.spawn
 
     def interrupted(*args: Any, **keywords: Any) -> None:
         spawn(*args, **keywords)
         interrupt()
 
-    monkeypatch.setattr(_linux, "spawn", interrupted)
+    monkeypatch.setattr(syscalls, "spawn", interrupted)
 
 
 def patch_observed(monkeypatch: pytest.MonkeyPatch) -> None:

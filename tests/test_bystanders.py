@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _backend, _collector, _linux, _reaper, _sigchld, _thief, wait
-from aiopidfd._exit import ExitStatus
-from aiopidfd._linux import describe_sigchld
+from aiopidfd import PidfdWatcher, _backend, _collector, _sigchld, _thief, wait
+from aiopidfd._kernel import reaper, syscalls
+from aiopidfd._kernel.exit_status import ExitStatus
+from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._registries import registry_of
 
 from .children import Held, held, one_held
@@ -60,14 +61,14 @@ def handlers() -> Iterator[Any]:
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What asking for each child has found, each time."""
     found: list[int] = []
-    reap_all = _reaper.Pids.reap_all
+    reap_all = reaper.Pids.reap_all
 
-    def counted(self: _reaper.Pids) -> Any:
+    def counted(self: reaper.Pids) -> Any:
         count, records = reap_all(self)
         found.append(count)
         return count, records
 
-    monkeypatch.setattr(_reaper.Pids, "reap_all", counted)
+    monkeypatch.setattr(reaper.Pids, "reap_all", counted)
     return found
 
 
@@ -256,7 +257,7 @@ async def test_storm_has_the_handler_pause_until_the_check(
         ours = describe_sigchld()
         storm()
         assert not describe_sigchld().startswith(("ours", "SIG_IGN"))
-        assert _linux.NOCLDWAIT not in describe_sigchld()
+        assert syscalls.NOCLDWAIT not in describe_sigchld()
         tasks += await watch(three)  # a further child does not end the pause
         assert not describe_sigchld().startswith("ours")
         one.end_unreaped(1)
@@ -359,9 +360,9 @@ async def test_handler_leaves_errno_as_it_was(handlers: Any, no_checks: None) ->
         (task,) = await watch(watched)
         reaped.end_unreaped(0)
         os.waitpid(reaped.pid, 0)
-        assert _linux.abandon_to_sigchld(reaped.pid)
+        assert syscalls.abandon_to_sigchld(reaped.pid)
         assert handlers.errno_after_signal(77) == 77
-        assert _linux.reap_abandoned() == 0
+        assert syscalls.reap_abandoned() == 0
         watched.end(1)
         assert (await task).returncode == 1
 
@@ -390,7 +391,7 @@ async def test_handler_leaves_errno_as_it_was(handlers: Any, no_checks: None) ->
 def test_warning_of_a_lost_status_looks_everywhere_for_what_has_the_kernel_reap(
     present: str, recent: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_linux, "describe_sigchld", lambda: present)
+    monkeypatch.setattr(syscalls, "describe_sigchld", lambda: present)
     monkeypatch.setattr(_sigchld, "recent_replacement", lambda: recent)
     assert _thief.find_thief().startswith(expected)
 

@@ -25,7 +25,7 @@ from aiopidfd import afork, notify_ready, wait
 from .children import one_held
 from .conftest import LoopFactory, open_descriptors, run_on
 
-# To CPython, io_uring's workers are threads, and uvloop has one now and then: _threads.count_threads.
+# To CPython, io_uring's workers are threads, and uvloop has one now and then: threads.count_threads.
 beside_uring_worker = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import _child, _linux, afork, wait
+from aiopidfd import _child, afork, wait
+from aiopidfd._kernel import syscalls
 
 from .workers import fork_server, wait_for_signal
 
@@ -52,7 +53,7 @@ async def test_child_gets_pdeathsig_when_its_parent_dies() -> None:
 
 def _outlive_parent(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     """Have the next child's parent die between the fork and prctl(PR_SET_PDEATHSIG)."""
-    set_pdeathsig, parent = _linux.set_pdeathsig, os.getpid()
+    set_pdeathsig, parent = syscalls.set_pdeathsig, os.getpid()
 
     def set_late(*args: Any) -> Any:
         os.write(write, b"%d\n" % os.getpid())

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _collector, _linux, _reaper, afork, wait
+from aiopidfd import PidfdWatcher, _collector, afork, wait
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.reaper import Reaper
 from aiopidfd._registries import registry_of
 from tests.children import held, one_held
 from tests.conftest import LoopFactory
@@ -101,15 +103,15 @@ async def test_error_that_stays_is_reported_once_and_costs_nothing(monkeypatch: 
 
     refused: list[int] = []
 
-    def refuse(self: _reaper.Reaper) -> Any:
+    def refuse(self: Reaper) -> Any:
         refused.append(self.fd)
-        raise _linux.error(errno.ENOMEM, "epoll_wait()")
+        raise syscalls.error(errno.ENOMEM, "epoll_wait()")
 
     errors = Errors()
     with held(2) as (child, other):
         told = asyncio.get_running_loop().create_future()
         PidfdWatcher().add_child_handler(child.pid, lambda _, returncode: told.set_result(returncode))
-        monkeypatch.setattr(_reaper.Reaper, "reap", refuse)
+        monkeypatch.setattr(Reaper, "reap", refuse)
         waiting = asyncio.ensure_future(wait(other.pid))
         await asyncio.sleep(0)
         other.end(6)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import _linux
 from aiopidfd._backend import probe_pidfd
 from aiopidfd._features import features
+from aiopidfd._kernel import syscalls
 
 FORBIDDEN = [errno.ENOSYS, errno.EPERM, errno.EACCES]
 
@@ -38,11 +38,11 @@ def test_answers_are_what_the_calls_answer_here() -> None:
     found = features()
     answer = "yes"
     try:
-        os.close(_linux.open_pidfd(os.getpid()))
+        os.close(syscalls.open_pidfd(os.getpid()))
     except OSError as exc:
         answer = name(exc.errno or 0)
     assert found.pidfd_open == answer
-    assert (found.recover_exit == "yes") is _linux.can_recover_exit()
+    assert (found.recover_exit == "yes") is syscalls.can_recover_exit()
     assert found.kernel == os.uname().release
     assert (found.nofile, found.nofile_max) == resource.getrlimit(resource.RLIMIT_NOFILE)
     assert (found.backend == "pidfd") is (probe_pidfd() is None)
@@ -58,7 +58,7 @@ def test_features_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("code", FORBIDDEN, ids=name)
 def test_refused_pidfd_open_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(_linux, "open_pidfd", failing(code))
+    monkeypatch.setattr(syscalls, "open_pidfd", failing(code))
     found = features()
     assert (found.pidfd_open, found.backend) == (name(code), "sigchld")
     assert found.reason.startswith(f"pidfd_open answers {name(code)}")
@@ -70,7 +70,7 @@ def test_refused_pidfd_open_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code
 @needs_pidfds
 @pytest.mark.parametrize("code", [*FORBIDDEN, errno.EINVAL], ids=name)
 def test_refused_waitid_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(_linux, "wait_id", failing(code))
+    monkeypatch.setattr(syscalls, "wait_id", failing(code))
     found = features()
     assert (found.waitid_pidfd, found.backend) == (name(code), "sigchld")
     assert found.reason.startswith(f"waitid(P_PIDFD) answers {name(code)}")
@@ -82,7 +82,7 @@ def test_refused_waitid_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: in
 @pytest.mark.parametrize("code", FORBIDDEN, ids=name)
 def test_refused_signals_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """A child that cannot be signalled by pidfd is watched by pid, and then signalled by pid, safely."""
-    monkeypatch.setattr(_linux, "send_signal", failing(code))
+    monkeypatch.setattr(syscalls, "send_signal", failing(code))
     found = features()
     assert (found.pidfd_send_signal, found.backend) == (name(code), "sigchld")
 
@@ -91,7 +91,7 @@ def test_refused_signals_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: in
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=name)
 def test_shortage_of_descriptors_does_not_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     before = features()
-    monkeypatch.setattr(_linux, "open_pidfd", failing(code))
+    monkeypatch.setattr(syscalls, "open_pidfd", failing(code))
     found = features()
     assert found.pidfd_open == name(code)
     # Without a pidfd the other calls are tried all the same.
@@ -114,8 +114,8 @@ def test_process_at_its_descriptor_limit_gets_an_answer() -> None:
 def test_older_kernel_says_why_a_stolen_status_is_lost(
     monkeypatch: pytest.MonkeyPatch, code: int | None, answer: str
 ) -> None:
-    monkeypatch.setattr(_linux, "can_recover_exit", lambda: False)
-    monkeypatch.setattr(_linux, "get_exit", failing(code) if code else lambda pidfd: None)
+    monkeypatch.setattr(syscalls, "can_recover_exit", lambda: False)
+    monkeypatch.setattr(syscalls, "get_exit", failing(code) if code else lambda pidfd: None)
     assert features().recover_exit == answer
 
 

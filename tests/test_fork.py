@@ -17,14 +17,9 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import (
-    ChildStartError,
-    _fork,
-    _threads,
-    afork,
-    notify_ready,
-)
+from aiopidfd import ChildStartError, _fork, afork, notify_ready
 from aiopidfd._gate import READY
+from aiopidfd._kernel.threads import count_threads
 from aiopidfd._registries import registry_of
 from aiopidfd._registry import Registry
 
@@ -301,7 +296,7 @@ def test_a_worker_of_io_uring_is_no_thread() -> None:
                     await asyncio.sleep(0)
                     loop.remove_reader(epoll.fileno())
                     await asyncio.sleep(0)
-            assert _threads.count_threads() == 1
+            assert count_threads() == 1
             child = await afork(lambda: 3)  # with no warning, which would be an error here
             assert await child.wait() == 3
             assert any(name.startswith("iou-wrk-") for name in names_of_threads())

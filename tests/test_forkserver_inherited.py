@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from aiopidfd import ForkServer, _inherited
+from aiopidfd import ForkServer
 from aiopidfd._backend import probe_pidfd
+from aiopidfd._kernel import inherited
 
 from .children import undebugged_environment
 from .workers import exit_with
@@ -266,27 +267,27 @@ def test_pipe_with_the_number_of_a_closed_standard_stream_is_closed_too(method: 
 
 
 def test_descriptors_are_found_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _inherited.list_descriptors()
+    found = inherited.list_descriptors()
 
     def fail(path: str) -> Any:
         raise FileNotFoundError(2, "No such file or directory", path)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", fail)
-        assert _inherited.list_descriptors() == sorted(found)
+        assert inherited.list_descriptors() == sorted(found)
 
 
 def test_snapshot_tells_an_inherited_descriptor_from_another_with_its_number() -> None:
     """Also where the inode numbers are the same, as those of all epoll descriptors are."""
     polls = [select.epoll() for _ in range(3)]
-    snapshot = _inherited.Snapshot()
+    snapshot = inherited.Snapshot()
     try:
         os.dup2(polls[0].fileno(), polls[1].fileno(), inheritable=False)
         polls[2].close()
         found = snapshot.find_inherited()
         assert polls[0].fileno() in found
         assert polls[1].fileno() not in found
-        assert set(found) <= set(_inherited.list_descriptors())
+        assert set(found) <= set(inherited.list_descriptors())
     finally:
         snapshot.close()
         for poll in polls:

@@ -20,16 +20,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import (
-    AbstractChildProcess,
-    ChildStartError,
-    ForkServer,
-    PosixChildProcess,
-    _fork,
-    _linux,
-    _pickling,
-)
+from aiopidfd import AbstractChildProcess, ChildStartError, ForkServer, PosixChildProcess, _fork, _pickling
 from aiopidfd._backend import probe_pidfd
+from aiopidfd._kernel import syscalls
 
 from .children import undebugged_environment
 from .conftest import children, run_on
@@ -364,12 +357,12 @@ async def test_where_clone_is_refused_there_is_a_clear_error_or_the_fallback(
     pidfds: None, monkeypatch: pytest.MonkeyPatch, code: int, where: str
 ) -> None:
     def refuse(*args: Any) -> Any:
-        raise _linux.error(code, "clone(CLONE_PIDFD)")
+        raise syscalls.error(code, "clone(CLONE_PIDFD)")
 
     if where == "parent":
         monkeypatch.setattr(_fork, "clone", refuse)
     else:
-        monkeypatch.setattr(_linux, "fork_sibling", refuse)
+        monkeypatch.setattr(syscalls, "fork_sibling", refuse)
     before = children()
     with pytest.raises(OSError, match="clone") as caught:
         async with ForkServer():
@@ -388,7 +381,7 @@ async def test_clone_that_fails_for_the_moment_is_no_reason_to_fall_back(
     pidfds: None, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def fail(*args: Any) -> Any:
-        raise _linux.error(code, "clone")
+        raise syscalls.error(code, "clone")
 
     monkeypatch.setattr(_fork, "clone", fail)
     with pytest.raises(OSError, match="clone") as caught:
@@ -403,7 +396,7 @@ async def test_without_pidfds_there_is_no_fork_server(backend: str) -> None:
     with pytest.raises(OSError, match="pidfd") as caught:
         async with ForkServer():
             pass
-    assert caught.value.errno in _linux.FORBIDDEN | {errno.EINVAL}
+    assert caught.value.errno in syscalls.FORBIDDEN | {errno.EINVAL}
     async with ForkServer(fallback=True) as server:
         assert server.features.made_by == "none"
         child = await server.afork(exit_with, 8)

@@ -8,15 +8,16 @@ import sys
 
 import pytest
 
-from aiopidfd import _linux, _proc
 from aiopidfd._backend import probe_pidfd
+from aiopidfd._kernel import proc, syscalls
 
 from .children import undebugged_environment
 
 PREPARE = """
 import asyncio, contextlib, ctypes, os, signal, socket, sys, time
 import aiopidfd
-from aiopidfd import ForkServer, _linux
+from aiopidfd import ForkServer
+from aiopidfd._kernel import syscalls
 
 NEWPID = 0x20000000
 libc = ctypes.CDLL(None, use_errno=True)
@@ -121,7 +122,7 @@ run(main)
 """
 
 UNKNOWN = """
-_linux.get_pid = lambda pidfd: 0  # before Linux 6.13, without a /proc of this namespace
+syscalls.get_pid = lambda pidfd: 0  # before Linux 6.13, without a /proc of this namespace
 
 async def main():
     enter_new_namespace()
@@ -181,9 +182,9 @@ def test_worker_whose_number_cannot_be_learnt_has_no_handle_and_ends() -> None:
 def test_pid_of_a_pidfd_is_told_by_proc_where_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     if probe_pidfd() is not None:
         pytest.skip("pidfds are forbidden here")
-    pidfd = _linux.open_pidfd(os.getpid())
+    pidfd = syscalls.open_pidfd(os.getpid())
     try:
-        assert _linux.get_pid(pidfd) == os.getpid()
+        assert syscalls.get_pid(pidfd) == os.getpid()
 
         class OlderKernel:
             @staticmethod
@@ -191,9 +192,9 @@ def test_pid_of_a_pidfd_is_told_by_proc_where_the_kernel_does_not(monkeypatch: p
                 return -25  # ENOTTY
 
         with monkeypatch.context() as patch:
-            patch.setattr(_linux, "lib", OlderKernel)
-            assert _linux.get_pid(pidfd) == os.getpid()
-            patch.setattr(_proc, "_find_mismatch", lambda: "is that of another PID namespace")
-            assert _linux.get_pid(pidfd) is None
+            patch.setattr(syscalls, "lib", OlderKernel)
+            assert syscalls.get_pid(pidfd) == os.getpid()
+            patch.setattr(proc, "_find_mismatch", lambda: "is that of another PID namespace")
+            assert syscalls.get_pid(pidfd) is None
     finally:
         os.close(pidfd)

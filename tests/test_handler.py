@@ -6,7 +6,7 @@ import ctypes
 import errno
 import signal
 
-from aiopidfd import _linux
+from aiopidfd._kernel import syscalls
 
 from .seccomp import compile_c
 
@@ -17,10 +17,10 @@ def test_handler_leaves_errno_alone() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         assert handlers.install_handler(2) == 0
-        assert _linux.install_sigchld()
+        assert syscalls.install_sigchld()
         calls = handlers.count_calls(2)
         assert handlers.errno_after_signal(errno.EXDEV) == errno.EXDEV
         assert handlers.count_calls(2) == calls + 1
     finally:
-        _linux.restore_sigchld()
+        syscalls.restore_sigchld()
         signal.signal(signal.SIGCHLD, before)

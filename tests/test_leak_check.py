@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aiopidfd import _linux, _reaper
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.reaper import Reaper
 
 from . import conftest
 from .children import one_held
@@ -85,12 +86,12 @@ def test_every_kind_of_child_is_seen(lists: bool, monkeypatch: pytest.MonkeyPatc
 def test_child_without_an_exit_signal_is_seen(lists: bool, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     needs_listing(lists)
     monkeypatch.setattr(conftest, "lists_children", lists)
-    reaper, made = _reaper.Reaper(), _linux.new_child()
-    _linux.fork_child(made, reaper.fd, 1, lambda gate, mask: os._exit(0), None)
+    reaper, made = Reaper(), syscalls.new_child()
+    syscalls.fork_child(made, reaper.fd, 1, lambda gate, mask: os._exit(0), None)
     pid = made.pid
     os.close(made.pidfd)
-    _linux.close_gate(made)
+    syscalls.close_gate(made)
     reaper.close()
     assert conftest.children() == {pid}
-    _linux.wait_id(_linux.P_PID, pid, os.WEXITED)
+    syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED)
     assert conftest.children() == set()

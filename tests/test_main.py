@@ -18,9 +18,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from aiopidfd import _linux
 from aiopidfd.__main__ import main
 from aiopidfd._features import features
+from aiopidfd._kernel import syscalls
 
 from .children import session_members, undebugged_environment
 
@@ -100,7 +100,7 @@ def test_table_shows_the_backend_where_pidfds_are_forbidden(
     def refuse(pid: int) -> int:
         raise PermissionError(errno.EPERM, "refused")
 
-    monkeypatch.setattr(_linux, "open_pidfd", refuse)
+    monkeypatch.setattr(syscalls, "open_pidfd", refuse)
     assert main([]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.split()[:2] == ["backend", "sigchld"]
@@ -193,7 +193,7 @@ def test_killed_demo_takes_its_children_with_it(tmp_path: Path) -> None:
         read_until(process, EXIT_LINE)
         members = []
         for pid in session_members(process.pid):
-            members.append(_linux.open_pidfd(pid))
+            members.append(syscalls.open_pidfd(pid))
             pidfds.callback(os.close, members[-1])
         assert len(members) >= 5  # at least the parent, the clients and three workers
         process.kill()

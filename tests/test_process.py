@@ -13,16 +13,10 @@ import time
 
 import pytest
 
-from aiopidfd import (
-    AbstractChildProcess,
-    PidfdChildProcess,
-    PosixChildProcess,
-    _linux,
-    afork,
-    notify_ready,
-)
+from aiopidfd import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork, notify_ready
 from aiopidfd._backend import probe_pidfd
-from aiopidfd._linux import open_pidfd
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.syscalls import open_pidfd
 
 from .children import one_held
 from .conftest import LoopFactory, children, run_on
@@ -106,7 +100,7 @@ async def test_signal_goes_by_pid_where_a_filter_has_come_to_forbid_it_by_pidfd(
         raise PermissionError(errno.EPERM, "refused")
 
     child = await afork(wait_for_signal)
-    monkeypatch.setattr(_linux, "send_signal", refuse)
+    monkeypatch.setattr(syscalls, "send_signal", refuse)
     child.terminate()
     assert await child.wait() == -signal.SIGTERM
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiopidfd import _linux, _reaper
 from aiopidfd._ext import lib
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.reaper import SOURCE_REAPED, Reaper
 
 from .children import held, one_held, state_of, traced
 from .conftest import BACKENDS, open_descriptors
@@ -23,14 +24,14 @@ pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forb
 
 
 @pytest.fixture
-def reaper() -> Iterator[_reaper.Reaper]:
-    opened = _reaper.Reaper()
+def reaper() -> Iterator[Reaper]:
+    opened = Reaper()
     yield opened
     opened.release()
     opened.close()
 
 
-def is_readable(reaper: _reaper.Reaper) -> bool:
+def is_readable(reaper: Reaper) -> bool:
     poll = select.poll()
     poll.register(reaper.fd, select.POLLIN)
     return bool(poll.poll(0))
@@ -45,7 +46,7 @@ def fork_without_hooks(reader: int) -> int:
     return pid
 
 
-def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: _reaper.Reaper) -> None:
+def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: Reaper) -> None:
     """Its interest outlives the close in the parent, out of reach; it must not fire, then or ever."""
     reader, writer = os.pipe()
     with one_held() as child:
@@ -53,7 +54,7 @@ def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: _reaper
         holder = fork_without_hooks(reader)
         try:
             child.end_unreaped(7)
-            assert [record[:4] for record in reaper.reap()[1]] == [(child.pid, pidfd, 7 << 8, _reaper.SOURCE_REAPED)]
+            assert [record[:4] for record in reaper.reap()[1]] == [(child.pid, pidfd, 7 << 8, SOURCE_REAPED)]
             reaper.release()
             assert os.path.exists(f"/proc/{holder}/fd/{pidfd}")
             assert not is_readable(reaper)
@@ -71,7 +72,7 @@ def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: _reaper
         assert list(reaper.reap()[1]) == []
 
 
-def test_removed_process_is_not_reported_although_a_forked_process_holds_a_copy(reaper: _reaper.Reaper) -> None:
+def test_removed_process_is_not_reported_although_a_forked_process_holds_a_copy(reaper: Reaper) -> None:
     """Whoever has only closed its pidfd is told of its end by a number that may be another descriptor's."""
     reader, writer = os.pipe()
     with one_held() as child:
@@ -110,7 +111,7 @@ def interrupted() -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: _reaper.Reaper) -> None:
+def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: Reaper) -> None:
     with one_held() as child, traced(child.pid) as tracer:
         pidfd = reaper.add(child.pid, 0)
         child.end(14)
@@ -128,16 +129,16 @@ def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: _reaper.R
         assert [record[:3] for record in reaper.reap()[1]] == [(child.pid, pidfd, 14 << 8)]
 
 
-def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reaper: _reaper.Reaper) -> None:
+def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reaper: Reaper) -> None:
     ends = lib.ap_reaper_open_gate(reaper.fd, 1)
     ours, childs = ends >> 32, ends & 0xFFFFFFFF
     os.close(childs)
-    _linux.close_owned(ours)
+    syscalls.close_owned(ours)
     os.dup2(0, ours)  # somebody else's from now on
     pid = os.fork()
     if pid == 0:
         try:
-            _linux.let_go()
+            syscalls.let_go()
             os.fstat(ours)
             os._exit(0)
         finally:
@@ -146,7 +147,7 @@ def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reap
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: _reaper.Reaper) -> None:
+def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: Reaper) -> None:
     reader, writer = os.pipe()
     try:
         reaper.add_wake(reader)
@@ -166,7 +167,7 @@ def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: _rea
         os.close(writer)
 
 
-def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: _reaper.Reaper) -> None:
+def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: Reaper) -> None:
     before = open_descriptors()
     others = []
     with held(7) as all_of_them:
@@ -183,7 +184,7 @@ def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: _reaper.Re
         with_pipes = open_descriptors()
         assert not {*pidfds} - {pidfds[2]} & {*with_pipes}
         assert {*others, pidfds[2]} <= {*with_pipes}
-        _linux.close_owned(pidfds[2])
+        syscalls.close_owned(pidfds[2])
     for fd in others:
         os.close(fd)
     assert open_descriptors() == before
@@ -191,9 +192,10 @@ def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: _reaper.Re
 
 _RELEASE = """
 import os
-from aiopidfd import _linux, _reaper
-os.register_at_fork(after_in_child=_linux.let_go)
-reaper = _reaper.Reaper()
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.reaper import Reaper, SOURCE_REAPED
+os.register_at_fork(after_in_child=syscalls.let_go)
+reaper = Reaper()
 pids = [os.posix_spawn("/bin/true", ["true"], {}) for _ in range(4)]
 pidfds = [reaper.add(pid, 0) for pid in pids]
 for pid in pids:

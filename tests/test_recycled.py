@@ -13,8 +13,8 @@ import pytest
 
 from aiopidfd import ExitStatus, PidfdChildProcess, PidfdWatcher, PosixChildProcess, _collector, wait
 from aiopidfd._backend import Choice
-from aiopidfd._identity import inode_of
-from aiopidfd._linux import can_recover_exit
+from aiopidfd._kernel.identity import inode_of
+from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._process import watch_forked
 from aiopidfd._registries import registry_of
 from tests.children import Held, one_held

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _backend, _collector, _linux, _sigchld, afork, wait
-from aiopidfd._exit import ExitStatus
-from aiopidfd._linux import describe_sigchld
+from aiopidfd import PidfdWatcher, _backend, _collector, _sigchld, afork, wait
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.exit_status import ExitStatus
+from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._process import PosixChildProcess
 from aiopidfd._registries import registry_of
 
@@ -526,7 +527,7 @@ async def test_all_handlers_that_call_ours_are_called_in_whatever_order_they_com
         waiting = await watch_one(child)
         for which in order:  # each replaces ours, and ours comes back in front
             handlers.install_handler(which)
-            assert _linux.install_sigchld()
+            assert syscalls.install_sigchld()
         calls = [handlers.count_calls(which) for which in (0, 1)]
         child.end(1)
         assert (await waiting).returncode == 1
@@ -540,7 +541,7 @@ async def test_handlers_that_replace_ours_over_and_over_cost_no_memory(
     def replace(times: int) -> None:
         for number in range(times):
             handlers.install_handler(which[number % len(which)])
-            assert _linux.install_sigchld()
+            assert syscalls.install_sigchld()
 
     with one_held() as child:
         waiting = await watch_one(child)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from aiopidfd import PidfdWatcher, PosixChildProcess, _proc, _sigchld, features, wait
-from aiopidfd._exit import ExitStatus
-from aiopidfd._linux import can_recover_exit
-from aiopidfd._proc import Sight, look_at
+from aiopidfd import PidfdWatcher, PosixChildProcess, _sigchld, features, wait
+from aiopidfd._kernel import proc
+from aiopidfd._kernel.exit_status import ExitStatus
+from aiopidfd._kernel.proc import Sight, look_at
+from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._registries import registry_of
 
 from .children import Stranger, one_held
@@ -163,7 +164,7 @@ def test_what_can_be_seen_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = look_at(child.pid)
         assert seen is not None
         assert seen.has_ended
-        monkeypatch.setattr(_proc, "_find_mismatch", lambda: "is that of another PID namespace")
+        monkeypatch.setattr(proc, "_find_mismatch", lambda: "is that of another PID namespace")
         assert look_at(child.pid) == Sight(None, has_ended=False)
         os.waitpid(child.pid, 0)
         assert look_at(child.pid) is None
@@ -199,7 +200,7 @@ _WORLDS = {
 _PROGRAM = """
 import asyncio, os, subprocess, sys
 import aiopidfd
-from aiopidfd import _linux
+from aiopidfd._kernel import syscalls
 from aiopidfd._registries import registry_of
 stranger = subprocess.Popen(["/bin/sh", "-c", "read x; exit 11"], stdin=subprocess.PIPE)
 read, write = os.pipe()
@@ -214,7 +215,7 @@ async def main():
     backend = registry_of(loop)._sigchld
     print([] if backend is None else list(backend.check()))
     try:
-        _linux.send_signal(_linux.open_pidfd(stranger.pid), 0)
+        syscalls.send_signal(syscalls.open_pidfd(stranger.pid), 0)
     except PermissionError as exc:
         print("5.4" in str(exc))
     os.write(write, b"x")

@@ -1,31 +1,106 @@
-"""The house: imports go one way, and two modules alone talk to the compiled binding."""
+"""The house: imports go one way, a wing knows only those below it, and rooms stay small."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import aiopidfd
 
+# From the ground up. A wing imports from itself and from those before it.
+WINGS = ["_kernel", "_backends", "_watch", "_programs", "_loops", "_fork", "_forkserver", "_demo"]
 
-def imports() -> dict[str, set[str]]:
-    """Each module of the package, with those of the package that it imports when it is imported."""
-    found: dict[str, set[str]] = {}
-    for path in Path(aiopidfd.__file__).parent.glob("*.py"):
-        names: set[str] = set()
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                names.update([node.module] if node.module else [alias.name for alias in node.names])
-        found[path.stem] = names
-    return found
+PACKAGE = Path(aiopidfd.__file__).parent
+
+
+def find_modules(folder: Path) -> dict[str, Path]:
+    """Return the file of each module, by its name below the package."""
+    return {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+
+
+def find_imports(name: str, source: str, modules: set[str]) -> Iterator[str]:
+    """Yield the modules of the package that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "aiopidfd":
+                    yield alias.name.partition(".")[2] or "__init__"
+        elif isinstance(node, ast.ImportFrom):
+            parts = name.split(".")
+            if node.level:
+                base = [*parts[: len(parts) - node.level], *filter(None, [node.module])]
+            elif (node.module or "").partition(".")[0] == "aiopidfd":
+                base = (node.module or "").split(".")[1:]
+            else:
+                continue
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                yield full if full in modules else ".".join(base) or "__init__"
+
+
+def find_graph(folder: Path = PACKAGE) -> dict[str, set[str]]:
+    """Return each module of the package with those of the package that it imports."""
+    modules = find_modules(folder)
+    known = {*modules, "_ext"}
+    return {name: set(find_imports(name, path.read_text(encoding="utf-8"), known)) for name, path in modules.items()}
+
+
+def wing_of(module: str) -> str:
+    return module.rpartition(".")[0].partition(".")[0]
+
+
+def find_offences(graph: dict[str, set[str]]) -> list[str]:
+    """Say what is wrong with the house, a sentence each."""
+    offences = []
+    for module, imported in graph.items():
+        wing = wing_of(module)
+        if not wing:
+            continue
+        for other in sorted(imported - {"_ext"}):
+            known = wing_of(other)
+            if known and WINGS.index(known) > WINGS.index(wing):
+                offences.append(f"{module} imports {other}, which is above it")
+            elif not known and wing != "_demo":  # which uses the public names
+                offences.append(f"{module} imports {other}, which is above all wings")
+    return offences
 
 
 def test_imports_go_one_way() -> None:
     """CycleError names the modules of a circle."""
-    order = list(TopologicalSorter(imports()).static_order())
-    assert order.index("_linux") < order.index("_registry") < order.index("_watcher") < order.index("__init__")
+    order = list(TopologicalSorter(find_graph()).static_order())
+    assert order.index("_ext") < order.index("__init__") < order.index("__main__")
+
+
+def test_wing_knows_only_those_below_it() -> None:
+    assert find_offences(find_graph()) == []
 
 
 def test_only_two_modules_use_the_binding() -> None:
-    assert {module for module, names in imports().items() if "_ext" in names} == {"_linux", "_reaper"}
+    users = {module for module, imported in find_graph().items() if "_ext" in imported}
+    assert users == {"_kernel.reaper", "_kernel.syscalls"}
+
+
+BROKEN = {
+    "_kernel/low.py": "from .._watch import high\n",
+    "_watch/high.py": "from .._kernel import low\n",
+    "_loops/inside.py": "def function():\n    from .._fork.child import name\n",
+    "_fork/child.py": "import aiopidfd\n",
+}
+
+
+def test_broken_house_is_noticed(tmp_path: Path) -> None:
+    for name, source in BROKEN.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(source, encoding="utf-8")
+    graph = find_graph(tmp_path)
+    assert sorted(find_offences(graph)) == [
+        "_fork.child imports __init__, which is above all wings",
+        "_kernel.low imports _watch.high, which is above it",
+        "_loops.inside imports _fork.child, which is above it",
+    ]
+    with pytest.raises(ValueError, match="cycle"):
+        list(TopologicalSorter(graph).static_order())

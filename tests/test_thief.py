@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ExitStatus, PidfdWatcher, _collector, _linux, _sigchld, _thief, afork, wait
-from aiopidfd._linux import can_recover_exit, error
+from aiopidfd import ExitStatus, PidfdWatcher, _collector, _sigchld, _thief, afork, wait
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.syscalls import can_recover_exit, error
 from aiopidfd._pidfd import PidfdBackend
 from aiopidfd._registries import registry_of
 
@@ -271,7 +272,7 @@ async def test_half_of_many_children_are_stolen(backend: str, caplog: pytest.Log
 def test_harmless_handler_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
     """libuv's, which asks for its own children only."""
     action = "ours, and behind it a handler in /x/site-packages/uvloop/loop.so"
-    monkeypatch.setattr(_linux, "describe_sigchld", lambda: action)
+    monkeypatch.setattr(syscalls, "describe_sigchld", lambda: action)
     assert "another thread" in _thief.find_thief()
 
 
@@ -357,7 +358,7 @@ def test_status_that_the_kernel_is_about_to_publish_is_asked_for_again(early: in
     library = ctypes.CDLL(str(compile_c("early.c", "-shared", "-fPIC")))
     status = ctypes.c_int(-1)
     with one_held() as child:
-        pidfd = _linux.open_pidfd(child.pid)
+        pidfd = syscalls.open_pidfd(child.pid)
         child.end_unreaped(18)
         assert library.ap_pidfd_get_exit(pidfd, ctypes.byref(status)) == 0
         os.waitpid(child.pid, 0)

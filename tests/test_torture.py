@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aiopidfd._linux import can_recover_exit
+from aiopidfd._kernel.syscalls import can_recover_exit
 
 from .conftest import BACKENDS, LOOPS
 from .seccomp import compile_c

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from aiopidfd import ExitStatus, wait
-from aiopidfd._linux import can_recover_exit
+from aiopidfd._kernel.syscalls import can_recover_exit
 
 from .children import Stranger, held, one_held
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from aiopidfd import PidfdWatcher, wait
-from aiopidfd._linux import describe_sigchld
+from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._registries import registry_of
 
 from .children import Held, await_zombie, held, one_held

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._child import notify_ready
-from ._exit import ExitStatus
 from ._features import Features, features
 from ._fork import ChildStartError, afork
 from ._forkserver import ForkServer
+from ._kernel.exit_status import ExitStatus
 from ._loops import SelectorEventLoop, make_uvloop_class, run
 from ._policy import make_policy_class
 from ._process import AbstractChildProcess, PidfdChildProcess, PosixChildProcess

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from . import _linux
+from ._kernel import syscalls
 
 logger = logging.getLogger("aiopidfd")
 
@@ -30,7 +30,7 @@ class Backend(ABC):
 
     @abstractmethod
     def add(self, pid: int, flags: int) -> int:
-        """Watch `pid` (flags: ADD_* of _linux); return its pidfd, or -1 if this backend has none.
+        """Watch `pid` (flags: ADD_* of syscalls); return its pidfd, or -1 if this backend has none.
 
         Raises OSError: ESRCH, there is no such process. ECHILD, it is not our child and ADD_CHECK_CHILD was given.
         EMFILE, ENFILE: out of descriptors. ENOSYS, EPERM, EACCES, EINVAL: this backend cannot work here.
@@ -74,13 +74,13 @@ def probe_pidfd() -> OSError | None:
     ENOSYS, EPERM, EACCES from pidfd_open or waitid: an old kernel, or a filter. EINVAL from waitid: Linux 5.3.
     """
     try:
-        pidfd = _linux.open_pidfd(os.getpid())
+        pidfd = syscalls.open_pidfd(os.getpid())
     except OSError as exc:
         # Short of descriptors says nothing about the kernel; each child will try again.
-        return None if exc.errno in _linux.OUT_OF_DESCRIPTORS else exc
+        return None if exc.errno in syscalls.OUT_OF_DESCRIPTORS else exc
     try:
         _try_signal(pidfd)
-        _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:  # we are not our own child: it works
         pass
     except OSError as exc:
@@ -97,9 +97,9 @@ def probe_pidfd() -> OSError | None:
 def _try_signal(pidfd: int) -> None:
     """Signal this very process; if that fails it is the kernel's fault, or a filter's."""
     try:
-        _linux.send_signal(pidfd, 0)
+        syscalls.send_signal(pidfd, 0)
     except OSError as exc:
-        raise _linux.error(exc.errno or errno.EINVAL, "pidfd_send_signal(to this process)") from None
+        raise syscalls.error(exc.errno or errno.EINVAL, "pidfd_send_signal(to this process)") from None
 
 
 def environment() -> Choice:
@@ -161,4 +161,4 @@ def require(choice: Choice) -> None:
 
 def is_forbidden(exc: OSError) -> bool:
     """Return whether `exc`, from watching a child by pidfd, means that pidfds are forbidden here from now on."""
-    return (exc.errno in _linux.FORBIDDEN or exc.errno == errno.EINVAL) and decision.make() == "sigchld"
+    return (exc.errno in syscalls.FORBIDDEN or exc.errno == errno.EINVAL) and decision.make() == "sigchld"

@@ -15,7 +15,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from . import _linux
+from ._kernel import syscalls
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -46,23 +46,23 @@ def make_birth(reaper_fd: int) -> Birth:
     """Make one. Not by an __init__, as a Child."""
     birth = Birth()
     birth.reaper_fd = reaper_fd
-    birth.struct = _linux.new_birth()
+    birth.struct = syscalls.new_birth()
     birth.popen = None
     return birth
 
 
 def by(pid: int, pidfd: int) -> tuple[int, int]:
     """Return what waitid(2) is to wait for: the pidfd, or if that is -1 the pid."""
-    return (_linux.P_PIDFD, pidfd) if pidfd >= 0 else (_linux.P_PID, pid)
+    return (syscalls.P_PIDFD, pidfd) if pidfd >= 0 else (syscalls.P_PID, pid)
 
 
 def kill_unreaped(pid: int, pidfd: int) -> None:
     """Kill a child that was not reaped a moment ago: by pidfd, by pid where a filter forbids that or there is none."""
     if pidfd >= 0:
         try:
-            _linux.send_signal(pidfd, signal.SIGKILL)
+            syscalls.send_signal(pidfd, signal.SIGKILL)
         except OSError as exc:
-            if exc.errno not in _linux.FORBIDDEN:
+            if exc.errno not in syscalls.FORBIDDEN:
                 raise
         else:
             return
@@ -77,8 +77,8 @@ def end_births(births: set[Birth]) -> list[int]:
         if birth.pid:
             left.append(birth.pid)
             with contextlib.suppress(OSError):  # ECHILD, ESRCH: it is gone; EPERM: it runs as another user
-                _linux.wait_id(*by(birth.pid, birth.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                syscalls.wait_id(*by(birth.pid, birth.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 kill_unreaped(birth.pid, birth.pidfd)
             if birth.pidfd >= 0:
-                _linux.close_owned(birth.pidfd)
+                syscalls.close_owned(birth.pidfd)
     return left

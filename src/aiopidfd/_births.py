@@ -7,10 +7,10 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from . import _linux
 from ._backend import choose, logger
 from ._birth import Birth, by, kill_unreaped, make_birth
-from ._exit import ExitStatus
+from ._kernel import syscalls
+from ._kernel.exit_status import ExitStatus
 from ._registry import Registry
 from ._watched import Child, Observer
 
@@ -66,7 +66,7 @@ def kill(registry: Registry, child: Child) -> None:
     with registry._lock:  # so that nobody closes the pidfd meanwhile
         try:
             if registry.send_signal(child, signal.SIGKILL) is None:
-                _linux.wait_id(*by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
+                syscalls.wait_id(*by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
         except PermissionError:  # it runs as another user now, and stays watched
             logger.warning("cannot kill process %d: it runs as another user", child.pid)
         except ChildProcessError:  # somebody else has reaped it
@@ -86,11 +86,11 @@ def _kill_and_reap(birth: Birth) -> None:
     pid, pidfd = birth.pid, birth.pidfd
     if pidfd < 0:
         with contextlib.suppress(OSError):  # EMFILE, ENFILE; or pidfds are forbidden; or (ESRCH) it is gone, as we shall see
-            pidfd = _linux.open_pidfd(pid)
+            pidfd = syscalls.open_pidfd(pid)
     try:
-        _linux.wait_id(*by(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
+        syscalls.wait_id(*by(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
         kill_unreaped(pid, pidfd)
-        ended = _linux.wait_id(*by(pid, pidfd), os.WEXITED)
+        ended = syscalls.wait_id(*by(pid, pidfd), os.WEXITED)
         status = ExitStatus(pid, ended.status if ended else 0, "reaped")
     except ChildProcessError:
         status = ExitStatus(pid, 0, "lost")

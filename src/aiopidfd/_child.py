@@ -22,7 +22,7 @@ from ._child_exit import begin, finish, flush_streams, print_exception
 from ._child_loop import forget_current_loop
 from ._child_signals import reset_signals
 from ._gate import READY
-from ._linux import detach_epolls, is_ready_fd, note_ready_fd, set_exit_code, set_pdeathsig, set_signal_mask
+from ._kernel.syscalls import detach_epolls, is_ready_fd, note_ready_fd, set_exit_code, set_pdeathsig, set_signal_mask
 
 Ready = Literal["auto", "manual"]
 

@@ -17,12 +17,23 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import Context
 
-from . import _linux, _reaper
 from ._birth import Birth
 from ._ends import Ends
-from ._exit import ExitStatus
 from ._gate import Gates
-from ._identity import is_pidfd_of
+from ._kernel import syscalls
+from ._kernel.exit_status import ExitStatus
+from ._kernel.identity import is_pidfd_of
+from ._kernel.reaper import (
+    ADD_CHECK_CHILD,
+    ADD_PEEK,
+    BATCH_SIZE,
+    SOURCE_GATE_READY,
+    SOURCE_LOST,
+    SOURCE_PENDING,
+    SOURCE_RECOVERED,
+    Reaper,
+    Record,
+)
 from ._loop_link import LoopLink
 from ._pidfd import PidfdBackend
 from ._sigchld import CHECK_INTERVAL_S, SigchldBackend
@@ -64,8 +75,8 @@ class Collector:
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
         self.births: set[Birth] = set()
-        _linux.open_sigchld()  # now: it is for when there are no descriptors left
-        self._reaper = _reaper.Reaper()
+        syscalls.open_sigchld()  # now: it is for when there are no descriptors left
+        self._reaper = Reaper()
         self.gates = Gates()
         self._pidfd = PidfdBackend(self._reaper)
         self._sigchld: SigchldBackend | None = None
@@ -107,20 +118,20 @@ class Collector:
         if sigchld is not None and (reaper.woken or sigchld.is_due):
             self._note(sigchld.reap())
             reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
-        return count == _reaper.BATCH_SIZE
+        return count == BATCH_SIZE
 
-    def _note(self, records: Iterator[_reaper.Record]) -> None:
+    def _note(self, records: Iterator[Record]) -> None:
         """Take what was reaped off the watched children, and on to those whose observers are to be told."""
         children, untold = self._children, self._ends.untold
-        pending = _reaper.SOURCE_PENDING
+        pending = SOURCE_PENDING
         for record in records:
             pid, _, _, source, _ = record
             child = children.get(pid)
             if child is None:
-                if source >= _reaper.SOURCE_GATE_READY:
+                if source >= SOURCE_GATE_READY:
                     gate = self.gates.find(-pid)
                     if gate is not None:
-                        gate.hear(source == _reaper.SOURCE_GATE_READY)
+                        gate.hear(source == SOURCE_GATE_READY)
                         untold.append(gate)
                 elif self.births:
                     self.births -= {birth for birth in self.births if birth.pid == pid}
@@ -173,7 +184,7 @@ class Collector:
             try:
                 reaper.reopen()
                 if self._sigchld is not None:
-                    reaper.add_wake(_linux.open_sigchld())
+                    reaper.add_wake(syscalls.open_sigchld())
             except OSError:  # out of descriptors; or the one that the handler wakes was closed, too
                 reaper.close()
         self.replaced_at = now
@@ -185,13 +196,13 @@ class Collector:
             self._start_checking()
 
     def _watch_again(self, child: Child) -> None:
-        pid, flags = child.pid, _reaper.ADD_PEEK if child.peek else 0
+        pid, flags = child.pid, ADD_PEEK if child.peek else 0
         pidfd, child.pidfd = child.pidfd, -1
         if not is_pidfd_of(pidfd, pid):
-            _linux.disown(pidfd)
+            syscalls.disown(pidfd)
             pidfd = -1
             if not child.stranger:
-                flags |= _reaper.ADD_CHECK_CHILD
+                flags |= ADD_CHECK_CHILD
         try:
             if self._reaper.fd < 0:
                 child.backend = self._get_sigchld()
@@ -207,7 +218,7 @@ class Collector:
             self._retire(child)
         finally:
             if pidfd >= 0:
-                _linux.close_owned(pidfd)
+                syscalls.close_owned(pidfd)
 
     def _plan_look(self, delay_s: float, number: float) -> None:
         self.link.call_later(delay_s, self._look, number)
@@ -248,7 +259,7 @@ class Collector:
 
     def _retire(self, child: Child) -> None:
         """Report the end of a process that was reaped by somebody else, and whose number is another process's."""
-        pid, record = child.pid, (child.pid, -1, 0, _reaper.SOURCE_LOST, b"")
+        pid, record = child.pid, (child.pid, -1, 0, SOURCE_LOST, b"")
         if child.backend is self._pidfd:
             with contextlib.suppress(OSError):  # of the reaper's, or this kernel does not tell
                 for _ in range(2 + len(self._children)):  # it is among the ready, at most so many batches away
@@ -256,9 +267,9 @@ class Collector:
                         break
                     self._reap()
                 else:
-                    status = _linux.get_exit(child.pidfd)
+                    status = syscalls.get_exit(child.pidfd)
                     if status is not None:
-                        record = pid, -1, status, _reaper.SOURCE_RECOVERED, b""
+                        record = pid, -1, status, SOURCE_RECOVERED, b""
         if child.end is None:
             del self._children[pid]
             self._reaper.keep_open(child.pidfd)

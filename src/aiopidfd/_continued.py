@@ -21,8 +21,8 @@ from contextvars import Context
 
 from ._backend import logger
 from ._collector import Collector
-from ._exit import ExitStatus
-from ._linux import occupy
+from ._kernel.exit_status import ExitStatus
+from ._kernel.syscalls import occupy
 
 
 def inherit(registry: Collector) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from . import _linux
 from ._backend import BackendName, decide
-from ._proc import find_obstacle
+from ._kernel import syscalls
+from ._kernel.proc import find_obstacle
 
 YES: Final = "yes"
 
@@ -67,8 +67,8 @@ def features() -> Features:
     """
     tried = _try_calls()
     backend, reason = decide()
-    refused = _try(_linux.can_recover_exit)
-    recovers = refused is None and _linux.can_recover_exit()
+    refused = _try(syscalls.can_recover_exit)
+    recovers = refused is None and syscalls.can_recover_exit()
     nofile, nofile_max = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Features(
         kernel=os.uname().release,
@@ -77,7 +77,7 @@ def features() -> Features:
         pidfd_send_signal=_answer(tried.pidfd_send_signal),
         clone_pidfd=_answer(refused),
         recover_exit=YES if recovers else _answer(tried.get_exit, otherwise="no"),
-        sigchld=_linux.describe_sigchld(),
+        sigchld=syscalls.describe_sigchld(),
         proc=find_obstacle() or YES,
         nofile=nofile,
         nofile_max=nofile_max,
@@ -101,16 +101,16 @@ def _try_calls() -> _Tried:
     pidfd = _NO_DESCRIPTOR
     opened: OSError | None = None
     try:
-        pidfd = _linux.open_pidfd(os.getpid())
+        pidfd = syscalls.open_pidfd(os.getpid())
     except OSError as exc:
         opened = exc
     try:
         return _Tried(
             opened,
             # ECHILD: nobody is a child of its own, and to find that out the kernel has looked at the pidfd.
-            _try(lambda: _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG), errno.ECHILD),
-            _try(lambda: _linux.send_signal(pidfd, 0)),
-            _try(lambda: _linux.get_exit(pidfd)),
+            _try(lambda: syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG), errno.ECHILD),
+            _try(lambda: syscalls.send_signal(pidfd, 0)),
+            _try(lambda: syscalls.get_exit(pidfd)),
         )
     finally:
         if opened is None:
@@ -133,7 +133,7 @@ def _explain(tried: _Tried) -> str | None:
         ("waitid(P_PIDFD)", tried.waitid_pidfd),
         ("pidfd_send_signal", tried.pidfd_send_signal),
     ):
-        if failure is not None and failure.errno not in _linux.OUT_OF_DESCRIPTORS:
+        if failure is not None and failure.errno not in syscalls.OUT_OF_DESCRIPTORS:
             return f"{call} answers {_answer(failure)}: Linux before 5.4, or a seccomp filter"
     return None
 

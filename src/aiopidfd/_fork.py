@@ -16,17 +16,18 @@ from functools import partial
 from types import FunctionType
 from typing import TypeVar, cast
 
-from . import _child, _linux, _proc, _threads
+from . import _child
 from ._child import Options, Ready
 from ._child_exit import flush_streams, note_inherited
-from ._exit import ExitStatus
 from ._gate import Gate
-from ._linux import reinit_fork_lock
+from ._kernel import proc, syscalls, threads
+from ._kernel.exit_status import ExitStatus
+from ._kernel.syscalls import reinit_fork_lock
 from ._process import AbstractChildProcess, End, expect_child, watch_expected
 from ._registry import Registry
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
-Fork = Callable[[Registry, Gate, _linux.Live], None]
+Fork = Callable[[Registry, Gate, syscalls.Live], None]
 
 _T = TypeVar("_T")
 
@@ -142,7 +143,7 @@ def warn_of_threads(stacklevel: int = 3) -> None:
 
     Before, since a warning that a filter turns into an exception must not lose a child that exists already.
     """
-    if sys.version_info >= (3, 12) and (_threads.count_threads() or 1) > 1:
+    if sys.version_info >= (3, 12) and (threads.count_threads() or 1) > 1:
         warnings.warn(
             f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
             "Fork before threads are started.",
@@ -204,23 +205,25 @@ def _insist(function: Callable[[], _T]) -> _T:
 def end_unwatched(pid: int, pidfd: int) -> None:
     """Kill and reap a child that stands at its gate, so that nobody can have reaped it: the pid is still its own."""
     os.kill(pid, signal.SIGKILL)
-    _linux.wait_id(_linux.P_PID, pid, os.WEXITED)
+    syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED)
     if pidfd >= 0:
         os.close(pidfd)
 
 
-def fork(registry: Registry, gate: Gate, live: _linux.Live) -> None:
+def fork(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
     """Fork as os.fork does, without its warning of threads."""
     if sys.version_info < (3, 12):
         registry.fork(gate, live, os.fork)
         return
     with warnings.catch_warnings():
         # warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
-        warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, _linux.__name__)
+        warnings.filterwarnings(
+            "ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, syscalls.__name__
+        )
         registry.fork(gate, live, os.fork)
 
 
-def clone(registry: Registry, gate: Gate, live: _linux.Live) -> None:
+def clone(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
     """Fork by clone(2), in the one thread of a process that has no other."""
     registry.fork(gate, live, None)
 
@@ -245,7 +248,7 @@ async def await_ready(
         return
     why = "ended before it was ready"
     if not end.done():  # it has closed its end of the gate: in dying, we trust, unless it has called exec
-        cause = "called exec" if _proc.has_called_exec(child.pid) else ""
+        cause = "called exec" if proc.has_called_exec(child.pid) else ""
         if not cause:
             await asyncio.wait([end], timeout=_SILENCE_S)
             cause = "" if end.done() else "called exec, or closed all descriptors,"

@@ -11,22 +11,23 @@ from collections.abc import Callable, Iterable
 from contextvars import Context
 from types import TracebackType
 
-from . import _fork, _linux
+from . import _fork
 from ._backend import choose, probe_pidfd
 from ._child import Options, Ready
-from ._exit import ExitStatus
 from ._fork import ChildStartError, afork
 from ._forkserver_launch import ForkServerFeatures, StartMethod, describe_fallback, launch
 from ._forkserver_link import Link
 from ._forkserver_main import MAX_FDS
 from ._forkserver_request import Request
+from ._kernel import syscalls
+from ._kernel.exit_status import ExitStatus
 from ._pickling import pickle_call
 from ._process import AbstractChildProcess
 from ._registries import registry_of
 from ._watched import Child
 
 # clone(2) with CLONE_PIDFD and CLONE_PARENT cannot be had here, as against: not at the moment.
-_REFUSED = _linux.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
+_REFUSED = syscalls.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
 
 
 Workers = dict[object, "tuple[asyncio.Future[ExitStatus], Child]"]

@@ -6,7 +6,7 @@ import contextlib
 import select
 import signal
 
-from . import _linux
+from ._kernel import syscalls
 from ._process import AbstractChildProcess
 
 # How long a killed process may take to end. One that a debugger holds takes longer.
@@ -22,7 +22,7 @@ class LastResort:
         """Keep a pidfd of our own, if there is room for one."""
         self._pidfd = -1
         with contextlib.suppress(OSError):  # EBADF: it has none, or has ended. EMFILE: out of descriptors
-            self._pidfd = _linux.dup_owned(child.fileno())
+            self._pidfd = syscalls.dup_owned(child.fileno())
 
     def __del__(self) -> None:
         self.close()
@@ -31,13 +31,13 @@ class LastResort:
         """Let the process be."""
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
-            _linux.close_owned(pidfd)
+            syscalls.close_owned(pidfd)
 
     def end(self) -> None:
         """Kill the process, and wait until it is a zombie: who is to reap it has been asked for that, or will be."""
         if self._pidfd >= 0:
             with contextlib.suppress(OSError):  # ESRCH: reaped. EPERM, EACCES, ENOSYS: a filter that has come since
-                _linux.send_signal(self._pidfd, signal.SIGKILL)
+                syscalls.send_signal(self._pidfd, signal.SIGKILL)
                 poll = select.poll()
                 poll.register(self._pidfd, select.POLLIN)
                 poll.poll(_DEATH_MS)

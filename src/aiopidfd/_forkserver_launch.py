@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import _fork, _inherited, _linux, _threads
+from . import _fork
 from ._child import Options
 from ._forkserver_main import serve
 from ._gate import Gate
+from ._kernel import syscalls
+from ._kernel.inherited import Snapshot, replace_inherited
+from ._kernel.threads import count_threads
 from ._process import AbstractChildProcess, watch_forked
 from ._registry import Registry
 
@@ -90,7 +93,7 @@ def _clear_of_streams(end: socket.socket) -> socket.socket:
 
 
 def _choose_fork() -> ForkServerFeatures:
-    count = _threads.count_threads()
+    count = count_threads()
     if count == 1:
         return ForkServerFeatures("clone", False, "this process had one thread")
     threads = "an unknown number of" if count is None else count
@@ -111,8 +114,8 @@ async def _fork_server(
 
     how = _fork.fork if features.made_by == "os.fork" else _fork.clone
 
-    def fork(registry: Registry, gate: Gate, live: _linux.Live) -> None:
-        snapshot = _inherited.Snapshot()
+    def fork(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
+        snapshot = Snapshot()
 
         def look_and_live(fd: int, mask: int) -> None:
             nonlocal inherited
@@ -131,7 +134,7 @@ async def _fork_server(
     def live() -> None:
         if isinstance(inherited, BaseException):
             raise inherited
-        _inherited.replace_inherited(inherited, wire.fileno())
+        replace_inherited(inherited, wire.fileno())
         serve(wire, [name for name in preload if name != "__main__"])
 
     if features.made_by == "os.fork":

@@ -31,9 +31,10 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final, NamedTuple
 
-from . import _child, _child_exit, _fork, _inherited, _linux, _threads
+from . import _child, _child_exit, _fork
 from ._child import Options
 from ._child_signals import reset_signals
+from ._kernel import inherited, syscalls, threads
 
 REQUEST: Final = struct.Struct("=Q")  # number
 REPLY: Final = struct.Struct("=Qii")  # number, pid or 0, errno
@@ -67,7 +68,7 @@ def pack_order(options: Options, pass_fds: Sequence[int], body_size: int) -> byt
 
 def serve(wire: socket.socket, preload: Sequence[str]) -> None:
     """Fork workers until the parent has closed its end of the wire."""
-    server = Server(wire, _linux.set_signal_mask(_linux.ALL_SIGNALS))
+    server = Server(wire, syscalls.set_signal_mask(syscalls.ALL_SIGNALS))
     try:
         if _greet(server, preload):
             while _serve_one(server):
@@ -81,7 +82,7 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     try:
         for name in preload:
             importlib.import_module(name)
-        if (_threads.count_threads() or 1) > 1:
+        if (threads.count_threads() or 1) > 1:
             raise RuntimeError("a preloaded module has started threads, and a fork server must not have any")
     except BaseException:
         server.wire.send(REPLY.pack(0, 0, 0) + _format_exception())
@@ -89,7 +90,7 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker. The
     # workers would share an epoll with one another. One that a fork hook makes in a worker is its own.
     reset_signals()
-    _linux.detach_all_epolls(server.wire.fileno())
+    syscalls.detach_all_epolls(server.wire.fileno())
     _child_exit.flush_streams()
     server.wire.send(REPLY.pack(0, 0, 0))
     return True
@@ -116,7 +117,7 @@ def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
     live = functools.partial(_child.run_to_end, functools.partial(_start, server, fds))
     _child_exit.note_inherited()
     try:
-        pid, pidfd = _linux.fork_sibling(live, server.mask)
+        pid, pidfd = syscalls.fork_sibling(live, server.mask)
     except OSError as exc:
         return 0, -1, exc.errno or errno.EIO
     return pid, pidfd, 0
@@ -251,7 +252,7 @@ def _write(gate: int, data: bytes) -> None:
 
 def main(wire: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
     """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
-    _inherited.close_inherited(wire)
+    inherited.close_inherited(wire)
     _fork.hook_forks()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
         end.set_inheritable(False)

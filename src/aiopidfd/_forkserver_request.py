@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Union
 
-from . import _fork, _linux
+from . import _fork
 from ._child import Options
 from ._forkserver_end import LastResort
 from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
 from ._gate import READY
+from ._kernel import syscalls
 from ._loop_link import add_reader, add_writer
 from ._process import AbstractChildProcess, watch_forked
 
@@ -178,7 +179,7 @@ class Request:
         if self.outcome.done():
             return
         if not pid and not code:
-            pid = (_linux.get_pid(pidfd) or 0) if pidfd >= 0 else 0
+            pid = (syscalls.get_pid(pidfd) or 0) if pidfd >= 0 else 0
             if not pid:
                 self._lose_number(pidfd)
                 return
@@ -197,13 +198,13 @@ class Request:
     def _lose_number(self, pidfd: int) -> None:
         """End a worker whose pid is not known, and so would be somebody else's. Without a pidfd it says itself who it is."""
         if pidfd < 0:
-            self.lose_server(_linux.error(errno.EMFILE, "the pidfd of a worker in another PID namespace was lost"))
+            self.lose_server(syscalls.error(errno.EMFILE, "the pidfd of a worker in another PID namespace was lost"))
             if self._options is None:
                 self.dismiss()
             return
-        _linux.send_signal(pidfd, signal.SIGKILL)
+        syscalls.send_signal(pidfd, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):  # somebody else has reaped it
-            _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED)
+            syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED)
         os.close(pidfd)
         self.settle(
             OSError(
@@ -316,7 +317,7 @@ def _nobody(worker: AbstractChildProcess) -> None:
 def _bind_worker(loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, code: int) -> Outcome:
     """Return the handle of a worker that stands at its gate, or why there is none."""
     if code:
-        return _linux.error(code, "the fork server cannot make a worker: clone(CLONE_PIDFD | CLONE_PARENT)")
+        return syscalls.error(code, "the fork server cannot make a worker: clone(CLONE_PIDFD | CLONE_PARENT)")
     try:
         return watch_forked(pid, pgid=None, pidfd=pidfd, loop=loop, check=pidfd < 0)
     except (ProcessLookupError, ChildProcessError) as exc:  # killed and reaped while we knew no more than its pid

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 
-from . import _linux
+from ._kernel import syscalls
 
 GO = b"g"  # from the parent: you are watched
 READY = b"r"
@@ -28,7 +28,7 @@ class Gate:
         """Open nothing yet: `struct` is written when the child is forked."""
         self.number = number
         self.said: asyncio.Future[bool] = loop.create_future()  # whether the child is ready, or never will be
-        self.struct = _linux.new_child()
+        self.struct = syscalls.new_child()
         self.is_watched = False  # then what there is of the child is the registry's
         self._heard: bool | None = None
 
@@ -99,4 +99,4 @@ class Gates:
     def close(self, gate: Gate) -> None:
         """Close it, if it is open. A child that still stands there ends."""
         self._gates.pop(gate.number, None)
-        _linux.close_gate(gate.struct)  # whatever is heard from now on: the number may be somebody else's
+        syscalls.close_gate(gate.struct)  # whatever is heard from now on: the number may be somebody else's

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from . import _linux
-from ._identity import Identity, identify, inode_of, is_forbidden, started_at
+from ._kernel import syscalls
+from ._kernel.identity import Identity, identify, inode_of, is_forbidden, started_at
 from ._sigchld import unabandoned
 
 # Why a signal was not sent, as what is said of the process.
@@ -35,7 +35,7 @@ class Orphan:
         if self._identity is None:
             return UNKNOWN
         try:
-            pidfd = _linux.open_pidfd(pid)
+            pidfd = syscalls.open_pidfd(pid)
         except ProcessLookupError:
             return ENDED
         except OSError as exc:
@@ -53,14 +53,14 @@ class Orphan:
         now = inode_of(pid, pidfd) if isinstance(self._identity, int) else started_at(pid)
         if now != self._identity:
             return ENDED
-        by = (_linux.P_PID, pid) if pidfd < 0 else (_linux.P_PIDFD, pidfd)
+        by = (syscalls.P_PID, pid) if pidfd < 0 else (syscalls.P_PIDFD, pidfd)
         try:
-            if _linux.wait_id(*by, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None and not pgid:
+            if syscalls.wait_id(*by, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None and not pgid:
                 return ENDED  # a zombie; to its group it still lends its number
             if pgid:
                 os.killpg(pgid, signal)
             elif pidfd >= 0:
-                _linux.send_signal(pidfd, signal)
+                syscalls.send_signal(pidfd, signal)
             else:
                 os.kill(pid, signal)
         except (ChildProcessError, ProcessLookupError):  # reaped by somebody else

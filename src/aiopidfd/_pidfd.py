@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
-from . import _linux, _reaper
 from ._backend import Backend
+from ._kernel import syscalls
+from ._kernel.reaper import Reaper
 
 
 class PidfdBackend(Backend):
@@ -16,7 +17,7 @@ class PidfdBackend(Backend):
 
     name = "pidfd"
 
-    def __init__(self, reaper: _reaper.Reaper) -> None:
+    def __init__(self, reaper: Reaper) -> None:
         self._reaper = reaper
 
     def add(self, pid: int, flags: int) -> int:
@@ -39,7 +40,7 @@ class PidfdBackend(Backend):
     def is_recycled(self, pid: int, pidfd: int) -> bool:
         """Ask by pidfd and by pid: gone by the one, and there by the other."""
         try:
-            _linux.send_signal(pidfd, 0)
+            syscalls.send_signal(pidfd, 0)
         except OSError as exc:
             if exc.errno != errno.ESRCH:  # EPERM, EACCES, ENOSYS: it runs as another user, or a filter does not let us know
                 return False
@@ -56,25 +57,25 @@ class PidfdBackend(Backend):
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
         """Signal by pidfd; by pid where a filter that has come since forbids that: not reaped, it is still the child's."""
         try:
-            _linux.send_signal(pidfd, signal)
+            syscalls.send_signal(pidfd, signal)
         except OSError as exc:
-            if exc.errno not in _linux.FORBIDDEN:
+            if exc.errno not in syscalls.FORBIDDEN:
                 raise
             try:
-                _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
-                raise _linux.error(errno.ESRCH, f"kill({pid}, signal {signal})") from exc
+                raise syscalls.error(errno.ESRCH, f"kill({pid}, signal {signal})") from exc
             os.kill(pid, signal)  # EPERM again if it is the child that forbids it, being another user's now
 
     def signal_group(self, pid: int, pidfd: int, pgid: int, signal: int) -> None:
         """Signal the group by the pidfd of its leader where the kernel can (6.9), else while the child pins the group."""
         if pgid == pid:
             try:
-                _linux.send_signal(pidfd, signal, _linux.PIDFD_SIGNAL_PROCESS_GROUP)
+                syscalls.send_signal(pidfd, signal, syscalls.PIDFD_SIGNAL_PROCESS_GROUP)
             except OSError as exc:
                 if exc.errno != errno.EINVAL:  # before Linux 6.9 the flag is unknown
                     raise
             else:
                 return
-        _linux.send_signal(pidfd, 0)  # ESRCH once reaped; until then the child, were it a zombie, keeps its group's number
+        syscalls.send_signal(pidfd, 0)  # ESRCH once reaped; until then the child, were it a zombie, keeps its group's number
         os.killpg(pgid, signal)

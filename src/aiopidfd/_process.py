@@ -10,9 +10,9 @@ import warnings
 from abc import ABC, abstractmethod
 from types import TracebackType
 
-from . import _linux
 from ._backend import Choice, logger
-from ._exit import ExitStatus
+from ._kernel import syscalls
+from ._kernel.exit_status import ExitStatus
 from ._registries import registry_of
 from ._registry import Registry
 from ._watched import Child
@@ -284,11 +284,11 @@ def _check_pidfd(pid: int, pidfd: int) -> None:
 
 def _find_pid(pidfd: int) -> int | None:
     """Return the pid of the process behind `pidfd`, 0 if it is none or gone; None if that cannot be known here."""
-    found = _linux.get_pid(pidfd)
+    found = syscalls.get_pid(pidfd)
     if found is not None:
         return found
     try:
-        ended = _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # a pidfd, though not of a child: that is for the registry to say
         return None
     except OSError as exc:

@@ -8,7 +8,7 @@ import weakref
 from _thread import RLock
 
 from ._continued import inherit, leave
-from ._linux import is_expected_child, let_go
+from ._kernel.syscalls import is_expected_child, let_go
 from ._registry import Registry
 from ._sigchld import forget_after_fork, settle_abandoned
 

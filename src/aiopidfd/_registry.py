@@ -10,17 +10,18 @@ from collections.abc import Callable
 from contextvars import copy_context
 from signal import SIGKILL
 
-from . import _backend, _linux, _reaper
+from . import _backend
 from ._backend import Backend, Choice, choose, is_forbidden, logger
 from ._birth import end_births
 from ._collector import Collector, by_pid
 from ._gate import Gate
+from ._kernel import reaper, syscalls
 from ._orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
 from ._sigchld import abandon, claim, is_used
 from ._watched import Args, Child, Observer, make_child
 
-_try_add = _reaper.try_add
-_CHECK_CHILD = _reaper.ADD_CHECK_CHILD
+_try_add = reaper.try_add
+_CHECK_CHILD = reaper.ADD_CHECK_CHILD
 
 
 class Registry(Collector):
@@ -109,11 +110,11 @@ class Registry(Collector):
         self._check_open()
         return make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
 
-    def fork(self, gate: Gate, live: _linux.Live, fork: Callable[[], int] | None) -> None:
-        """Fork a child that stands at `gate` and calls `live`. Raises as _linux.fork_child."""
+    def fork(self, gate: Gate, live: syscalls.Live, fork: Callable[[], int] | None) -> None:
+        """Fork a child that stands at `gate` and calls `live`. Raises as syscalls.fork_child."""
         self.gates.add(gate)
         try:
-            _linux.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+            syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
         except OSError as exc:
             if gate.struct.pid > 0:
                 raise
@@ -121,7 +122,7 @@ class Registry(Collector):
             if not self._recovers(exc):
                 raise
             self.gates.add(gate)
-            _linux.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+            syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
 
     def let_out(self, child: Child, gate: Gate) -> bool:
         """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
@@ -130,7 +131,7 @@ class Registry(Collector):
         with self._lock:
             if pid in self._children or self.closed or child.backend is not self._pidfd or struct.pidfd >= 0 or is_used():
                 return False
-            if _linux.try_release(struct, self._reaper.fd) < 0:
+            if syscalls.try_release(struct, self._reaper.fd) < 0:
                 return False
             child.pid, child.pidfd = pid, struct.pidfd
             self._children[pid] = child
@@ -148,7 +149,7 @@ class Registry(Collector):
             elif not gate.is_watched:
                 if self._sigchld is not None:
                     self._sigchld.remove(gate.struct.pid, -1)
-                _linux.undo_child(gate.struct, self._reaper.fd)
+                syscalls.undo_child(gate.struct, self._reaper.fd)
                 return False
             return True
 
@@ -161,13 +162,13 @@ class Registry(Collector):
                 return self._add(pid, pidfd, choice, check=check, stranger=stranger, peek=peek)
             if choice != "auto" or backend is self._sigchld:
                 raise
-            if exc.errno in _linux.OUT_OF_DESCRIPTORS:  # this child only
+            if exc.errno in syscalls.OUT_OF_DESCRIPTORS:  # this child only
                 if not self._warned_of_limit:
                     logger.warning("watching children by SIGCHLD for want of descriptors: %s", exc.strerror)
                 self._warned_of_limit = True
             elif not is_forbidden(exc):
                 if exc.errno == errno.EINVAL:  # the ID of a thread, before Linux 6.9
-                    raise _linux.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
+                    raise syscalls.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
                 raise
             child = self._try(self._get_sigchld(), pid, pidfd, check=check, stranger=stranger, peek=peek)
         self._children[pid] = child
@@ -176,8 +177,8 @@ class Registry(Collector):
         return child
 
     def _try(self, backend: Backend, pid: int, pidfd: int, *, check: bool, stranger: bool, peek: bool) -> Child:
-        flags = _reaper.ADD_PEEK if peek else 0
-        checked = flags | _reaper.ADD_CHECK_CHILD if check else flags
+        flags = reaper.ADD_PEEK if peek else 0
+        checked = flags | reaper.ADD_CHECK_CHILD if check else flags
         foreign = False
         if pidfd >= 0:
             pidfd = backend.adopt(pid, pidfd, checked)
@@ -254,7 +255,7 @@ class Registry(Collector):
         """Reap if one observer wants the process reaped, peek if all of them leave it."""
         peek = len(child.peekers) == child.count_observers()
         if peek is not child.peek:
-            child.backend.modify(child.pid, child.pidfd, _reaper.ADD_PEEK if peek else 0)
+            child.backend.modify(child.pid, child.pidfd, reaper.ADD_PEEK if peek else 0)
             child.peek = peek
 
     def send_signal(self, child: Child, signal: int, pgid: int = 0) -> str | None:
@@ -312,7 +313,7 @@ class Registry(Collector):
             for child in children:
                 child.forget_observers()
                 if child.pidfd >= 0:
-                    _linux.close_owned(child.pidfd)
+                    syscalls.close_owned(child.pidfd)
                     child.pidfd = -1
             self._children.clear()
             self.contexts.clear()

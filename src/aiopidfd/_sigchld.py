@@ -10,10 +10,11 @@ import weakref
 from _thread import RLock
 from collections.abc import Callable, Iterator
 
-from . import _linux, _reaper
 from ._backend import Backend, logger
-from ._identity import inode_of, is_started_after
-from ._proc import look_at
+from ._kernel import syscalls
+from ._kernel.identity import inode_of, is_started_after
+from ._kernel.proc import look_at
+from ._kernel.reaper import ADD_CHECK_CHILD, ADD_PEEK, BATCH_SIZE, DOUBT_ALL, DOUBT_NOW, SOURCE_LOST, Pids, Reaper, Record
 
 # How often the handler is checked, and every child asked for, while children are watched by it: what a replaced handler,
 # or a thief, can delay an exit by.
@@ -62,19 +63,19 @@ def _on_removed() -> None:
         if _count() > 0:
             return
         if _abandoned:
-            _linux.install_sigchld()  # if it has paused: no loop will have it resume
+            syscalls.install_sigchld()  # if it has paused: no loop will have it resume
         else:
-            _linux.restore_sigchld()
+            syscalls.restore_sigchld()
 
 
 def _install(*, anew: bool, resume: bool) -> None:
     """Put the handler in front. If it was there, somebody has replaced it: remember by what, for that may have reaped."""
     global _replaced  # noqa: PLW0603 - the handler is the process's
-    found = _linux.describe_sigchld()
-    result = _linux.install_sigchld(resume=resume)
-    if result == _linux.INSTALL_RESUMED:
+    found = syscalls.describe_sigchld()
+    result = syscalls.install_sigchld(resume=resume)
+    if result == syscalls.INSTALL_RESUMED:
         _warn_of_storm()
-    elif result == _linux.INSTALL_DONE:
+    elif result == syscalls.INSTALL_DONE:
         _warn_if_ignored(found)
         if not anew:
             _replaced = time.monotonic(), found
@@ -129,7 +130,7 @@ def claim(pid: int) -> None:
     """Have the handler not reap a new child that has the number of an abandoned one, which is gone."""
     if _abandoned:
         with _lock:
-            _linux.claim_abandoned(pid)
+            syscalls.claim_abandoned(pid)
 
 
 def abandon(pids: list[int]) -> None:
@@ -137,11 +138,11 @@ def abandon(pids: list[int]) -> None:
     global _abandoned  # noqa: PLW0603 - the handler is the process's
     with _lock:
         for pid in pids:
-            if _linux.abandon_to_sigchld(pid):
+            if syscalls.abandon_to_sigchld(pid):
                 _abandoned = True
             else:
                 logger.warning("child process %d outlives its loop with too many others; nobody will reap it", pid)
-        _linux.install_sigchld()
+        syscalls.install_sigchld()
         settle_abandoned()  # they may have ended before the handler was in place
 
 
@@ -149,7 +150,7 @@ def abandon(pids: list[int]) -> None:
 def unabandoned(pid: int) -> Iterator[None]:
     """Have the handler leave an abandoned child alone meanwhile, so that its number stays its own."""
     with _lock:
-        claimed = _linux.claim_abandoned(pid)
+        claimed = syscalls.claim_abandoned(pid)
         try:
             yield
         finally:
@@ -161,10 +162,10 @@ def settle_abandoned() -> None:
     """Reap those abandoned children that have ended; after the last one put back the handler that was there before."""
     global _abandoned  # noqa: PLW0603 - the handler is the process's
     with _lock:
-        if _abandoned and _linux.reap_abandoned() == 0:
+        if _abandoned and syscalls.reap_abandoned() == 0:
             _abandoned = False
             if _count() == 0:
-                _linux.restore_sigchld()
+                syscalls.restore_sigchld()
 
 
 class SigchldBackend(Backend):
@@ -174,13 +175,13 @@ class SigchldBackend(Backend):
 
     name = "sigchld"
 
-    def __init__(self, reaper: _reaper.Reaper, plan: Callable[[float, float], object]) -> None:
+    def __init__(self, reaper: Reaper, plan: Callable[[float, float], object]) -> None:
         """EMFILE, ENFILE: out of descriptors.
 
         `plan(delay_s, number)` is to call `begin_look(number)` in so many seconds, in the loop's thread.
         """
-        reaper.add_wake(_linux.open_sigchld())
-        self._pids = _reaper.Pids()
+        reaper.add_wake(syscalls.open_sigchld())
+        self._pids = Pids()
         # What tells a child from a later one of its number: its inode, or (a float) when it was there, since the boot.
         self._identities: dict[int, int | float] = {}
         # Processes that send us no SIGCHLD, by pid, with the time of their start, as far as it can be seen.
@@ -193,22 +194,22 @@ class SigchldBackend(Backend):
 
     def add(self, pid: int, flags: int) -> int:
         """Watch a child, or, without ADD_CHECK_CHILD, a stranger."""
-        self._pids.add(pid, bool(flags & _reaper.ADD_PEEK))
+        self._pids.add(pid, bool(flags & ADD_PEEK))
         _on_added()  # the handler is in place before we look, so that an end after the look is signalled
         try:
-            ended = _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            ended = syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except OSError as exc:
             self.remove(pid, -1)
             sight = look_at(pid)
             if sight is None:  # ended and reaped, or never there
-                raise _linux.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
-            if flags & _reaper.ADD_CHECK_CHILD:
-                raise _linux.error(errno.ECHILD, f"cannot watch pid {pid}") from exc
+                raise syscalls.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
+            if flags & ADD_CHECK_CHILD:
+                raise syscalls.error(errno.ECHILD, f"cannot watch pid {pid}") from exc
             self._strangers[pid] = sight.started
         else:
             self._identities[pid] = inode_of(pid) or time.clock_gettime(time.CLOCK_BOOTTIME)
             if ended is not None:
-                _linux.name_to_sigchld(pid)
+                syscalls.name_to_sigchld(pid)
         return -1
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> int:
@@ -220,8 +221,8 @@ class SigchldBackend(Backend):
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
         """Change whether a child is only peeked at."""
         if pid not in self._strangers:
-            self._pids.add(pid, bool(flags & _reaper.ADD_PEEK))
-            _linux.name_to_sigchld(pid)
+            self._pids.add(pid, bool(flags & ADD_PEEK))
+            syscalls.name_to_sigchld(pid)
 
     def remove(self, pid: int, pidfd: int) -> None:
         """Watch no longer."""
@@ -242,7 +243,7 @@ class SigchldBackend(Backend):
             return is_started_after(pid, known)
         return known is not None and inode_of(pid) not in (None, known)
 
-    def reap(self) -> Iterator[_reaper.Record]:
+    def reap(self) -> Iterator[Record]:
         """Reap those that signals have named, and look for others, if that is due; where there is doubt, plan to."""
         yield from self._take(self._pids.reap_named)
         if self.is_due:
@@ -251,7 +252,7 @@ class SigchldBackend(Backend):
         doubt = self._pids.doubt
         if doubt and len(self._pids):
             # Not at once: let those that were found be told first.
-            self._plan_look(0.0 if doubt & _reaper.DOUBT_NOW else _LOOK_DELAY_S)
+            self._plan_look(0.0 if doubt & DOUBT_NOW else _LOOK_DELAY_S)
 
     def _plan_look(self, delay_s: float) -> None:
         now = time.monotonic()
@@ -267,17 +268,17 @@ class SigchldBackend(Backend):
         self._planned_for, self.is_due = _NEVER, True
         return True
 
-    def _look(self) -> Iterator[_reaper.Record]:
+    def _look(self) -> Iterator[Record]:
         """Reap all that have ended: by one walk over the kernel's list, where that can find them."""
         began, before = time.thread_time(), len(self._pids)
         doubt = self._pids.take_doubt()
         yield from self._take(self._pids.reap_first)
-        if (doubt | self._pids.take_doubt()) & _reaper.DOUBT_ALL:
+        if (doubt | self._pids.take_doubt()) & DOUBT_ALL:
             yield from self._take(self._pids.reap_all)
         in_vain_s = time.thread_time() - began - (before - len(self._pids)) * _EXIT_COST_S
         self._look_after = time.monotonic() + max(in_vain_s, 0.0) * _REST_AFTER_LOOK
 
-    def _take(self, reap: Callable[[], tuple[int, Iterator[_reaper.Record]]]) -> Iterator[_reaper.Record]:
+    def _take(self, reap: Callable[[], tuple[int, Iterator[Record]]]) -> Iterator[Record]:
         """Reap in one of the ways of `Pids` until there is no more."""
         while True:
             count, records = reap()
@@ -287,10 +288,10 @@ class SigchldBackend(Backend):
             if count:
                 self._pids.release()
                 _on_removed()
-            if count < _reaper.BATCH_SIZE:
+            if count < BATCH_SIZE:
                 return
 
-    def check(self) -> Iterator[_reaper.Record]:
+    def check(self) -> Iterator[Record]:
         """Put the handler back in front if somebody has replaced it, and ask for every child and stranger."""
         if len(self._pids):
             with _lock:
@@ -299,7 +300,7 @@ class SigchldBackend(Backend):
             sight = look_at(pid)
             if sight is None or sight.has_ended or (started and sight.started and sight.started != started):
                 del self._strangers[pid]
-                yield pid, -1, 0, _reaper.SOURCE_LOST, b""
+                yield pid, -1, 0, SOURCE_LOST, b""
             elif started is None:
                 self._strangers[pid] = sight.started
         yield from self._take(self._pids.reap_all)
@@ -312,7 +313,7 @@ class SigchldBackend(Backend):
         """Forget all: the loop is closed."""
         self._strangers.clear()
         self._identities.clear()
-        count, self._pids = len(self._pids), _reaper.Pids()
+        count, self._pids = len(self._pids), Pids()
         if count:
             _on_removed()
 
@@ -328,16 +329,16 @@ class SigchldBackend(Backend):
 
     def _check_is_there(self, pid: int) -> None:
         if self.is_recycled(pid, -1):
-            raise _linux.error(errno.ESRCH, f"signal for process {pid}")
+            raise syscalls.error(errno.ESRCH, f"signal for process {pid}")
 
 
 def _signal_unreaped(pid: int, kill: Callable[[int, int], None], target: int, signal: int) -> None:
     """Call `kill`, unless somebody else has reaped the child: ESRCH."""
     try:
-        _linux.wait_id(_linux.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError as exc:
-        raise _linux.error(errno.ESRCH, f"{kill.__name__}({target}, signal {signal})") from exc
+        raise syscalls.error(errno.ESRCH, f"{kill.__name__}({target}, signal {signal})") from exc
     try:
         kill(target, signal)
     except OSError as exc:
-        raise _linux.signal_error(exc.errno or errno.EINVAL, f"{kill.__name__}({target}, signal {signal})") from exc
+        raise syscalls.signal_error(exc.errno or errno.EINVAL, f"{kill.__name__}({target}, signal {signal})") from exc

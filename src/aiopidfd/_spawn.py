@@ -10,9 +10,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import _linux
 from ._backend import logger
 from ._birth import Birth
+from ._kernel import syscalls
 from ._popen import PythonsPopen, is_plain, popen
 from ._streams import INHERITED, NeedsPopen, Streams, descriptor
 
@@ -25,7 +25,7 @@ _PLAIN = frozenset(
 # clone with CLONE_PIDFD, tried: None until then, and after that what it answered, 0 for success.
 _clone_errno: int | None = None
 
-_NOT_TO_BE_HAD = _linux.FORBIDDEN | {errno.EINVAL}
+_NOT_TO_BE_HAD = syscalls.FORBIDDEN | {errno.EINVAL}
 
 
 def start(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
@@ -79,13 +79,13 @@ def _spawn(
     umask = _number(umask)
     pgid = -1 if process_group is None else _number(process_group)
     flags = (
-        (_linux.SPAWN_CLOSE_FDS if close_fds else 0)
-        | (_linux.SPAWN_RESTORE_SIGNALS if restore_signals else 0)
-        | (_linux.SPAWN_SETSID if start_new_session else 0)
+        (syscalls.SPAWN_CLOSE_FDS if close_fds else 0)
+        | (syscalls.SPAWN_RESTORE_SIGNALS if restore_signals else 0)
+        | (syscalls.SPAWN_SETSID if start_new_session else 0)
     )
     streams = INHERITED if stdin is stdout is stderr is None else Streams(stdin, stdout, stderr)
     try:
-        code, step = _linux.spawn(
+        code, step = syscalls.spawn(
             birth.struct,
             birth.reaper_fd,
             paths,
@@ -107,14 +107,14 @@ def _spawn(
         _note_clone(0)
         return _Process(args, birth.struct.pid, streams)
     streams.close_ours()
-    if step == _linux.STEP_PARENT:
+    if step == syscalls.STEP_PARENT:
         if code in _NOT_TO_BE_HAD:
             _note_clone(code)
             return None
         raise OSError(code, os.strerror(code))
-    if step == _linux.STEP_CHDIR:
+    if step == syscalls.STEP_CHDIR:
         raise OSError(code, os.strerror(code), cwd)
-    if step == _linux.STEP_SETUP:
+    if step == syscalls.STEP_SETUP:
         raise OSError(code, os.strerror(code))
     raise OSError(code, os.strerror(code), executable)
 

@@ -14,8 +14,8 @@ from typing import Any
 from ._backend import logger
 from ._birth import Birth
 from ._births import expect_birth, kill, observe_birth, undo_birth
-from ._exit import ExitStatus
-from ._linux import OUT_OF_DESCRIPTORS
+from ._kernel.exit_status import ExitStatus
+from ._kernel.syscalls import OUT_OF_DESCRIPTORS
 from ._loop_link import can_nest
 from ._orphans import ENDED
 from ._pipes import ReadPipeTransport, WritePipeTransport, take_over

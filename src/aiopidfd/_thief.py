@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 
-from . import _linux, _sigchld
+from . import _sigchld
 from ._backend import logger
-from ._exit import LOST_RETURNCODE
+from ._kernel import syscalls
+from ._kernel.exit_status import LOST_RETURNCODE
 
 _NOBODY_KNOWN = "another thread or library of this process that calls wait(), or a second watcher"
 
@@ -31,8 +32,8 @@ def warn_lost(pid: int) -> None:
 
 def find_thief() -> str:
     """Say who is likely to have reaped a child of ours: what SIGCHLD is set to, or was a moment ago, or else some thread."""
-    present, _, behind = _linux.describe_sigchld().partition(_linux.BEHIND)
-    recent = _sigchld.recent_replacement().partition(_linux.BEHIND)[0]
+    present, _, behind = syscalls.describe_sigchld().partition(syscalls.BEHIND)
+    recent = _sigchld.recent_replacement().partition(syscalls.BEHIND)[0]
     # First whatever has the kernel reap: a handler that is there, too, may be harmless, and this is not.
     if why := _why_kernel_reaps(present):
         return f"SIGCHLD is {why}, so that the kernel reaps children itself"
@@ -48,12 +49,12 @@ def _why_kernel_reaps(action: str) -> str | None:
     """Say what of an action has the kernel reap children; None if nothing does."""
     if action.startswith("SIG_IGN"):
         return "ignored"
-    return "set with SA_NOCLDWAIT" if _linux.NOCLDWAIT in action else None
+    return "set with SA_NOCLDWAIT" if syscalls.NOCLDWAIT in action else None
 
 
 def _name_handler(action: str) -> str | None:
     """Name the handler of an action; None if it has none, or one that is known to be harmless."""
-    _, is_handled, library = action.partition(_linux.NOCLDWAIT)[0].partition("a handler ")
+    _, is_handled, library = action.partition(syscalls.NOCLDWAIT)[0].partition("a handler ")
     if not is_handled or "/uvloop/" in library:
         return None
     handler = signal.getsignal(signal.SIGCHLD)

@@ -9,9 +9,9 @@ from os import waitstatus_to_exitcode
 from typing import Any, Optional
 
 from ._backend import Backend
-from ._exit import ExitStatus, Source
+from ._kernel.exit_status import ExitStatus, Source
+from ._kernel.reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
 from ._orphans import Orphan
-from ._reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
 from ._thief import warn_lost
 
 Observer = Callable[..., object]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ._backend import Choice, check_choice, require
-from ._exit import ExitStatus
+from ._kernel.exit_status import ExitStatus
 from ._plug import plug, unplug
 from ._registries import find_registries, registry_of
 from ._registry import Registry

@@ -21,7 +21,9 @@ from pathlib import Path
 import pytest
 
 import aiopidfd
-from aiopidfd import _linux, _threads, wait
+from aiopidfd import wait
+from aiopidfd._kernel import syscalls
+from aiopidfd._kernel.threads import count_threads
 
 from ..children import held, one_held
 from ..seccomp import compile_c
@@ -76,7 +78,7 @@ def clone3(flags: int = 0, exit_signal: int = signal.SIGCHLD) -> tuple[int, int]
 def reap(pidfd: int) -> int:
     """Wait for the child, of whatever kind, and close its pidfd; return its wait status."""
     try:
-        ended = _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED)
+        ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED)
     finally:
         os.close(pidfd)
     assert ended is not None
@@ -85,18 +87,18 @@ def reap(pidfd: int) -> int:
 
 def signals_by_pidfd() -> str:
     with one_held() as child:
-        pidfd = _linux.open_pidfd(child.pid)
-        said = answer(lambda: _linux.send_signal(pidfd, signal.SIGTERM))
+        pidfd = syscalls.open_pidfd(child.pid)
+        said = answer(lambda: syscalls.send_signal(pidfd, signal.SIGTERM))
         assert said != "yes" or reap(pidfd) == signal.SIGTERM
     return said
 
 
 def clones_with_pidfd() -> str:
-    return answer(_linux.can_recover_exit)
+    return answer(syscalls.can_recover_exit)
 
 
 def opens_pidfd() -> str:
-    return answer(lambda: os.close(_linux.open_pidfd(os.getpid())))
+    return answer(lambda: os.close(syscalls.open_pidfd(os.getpid())))
 
 
 def clones_by_clone3() -> str:
@@ -107,7 +109,7 @@ def polls_zombie() -> str:
     """What an edge-triggered epoll, inside another one as a loop has it, says of a child: at first, as a zombie, reaped."""
     said = []
     with one_held() as child, select.epoll() as reaper, select.epoll() as loop:
-        pidfd = _linux.open_pidfd(child.pid)
+        pidfd = syscalls.open_pidfd(child.pid)
         reaper.register(pidfd, select.EPOLLIN | select.EPOLLET)
         loop.register(reaper, select.EPOLLIN)
 
@@ -130,16 +132,16 @@ def polls_zombie() -> str:
 def waits_by_pidfd() -> str:
     def peek_and_reap() -> None:
         with one_held() as child:
-            pidfd = _linux.open_pidfd(child.pid)
+            pidfd = syscalls.open_pidfd(child.pid)
             try:
-                assert _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None
+                assert syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None
                 child.end_unreaped(3)
                 for options in (os.WNOWAIT, os.WNOWAIT, 0):
-                    ended = _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | options)
+                    ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | options)
                     assert ended is not None
                     assert (ended.pid, ended.status) == (child.pid, 3 << 8)
                     assert any(ended.rusage)
-                assert answer(lambda: _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)) == "ECHILD"
+                assert answer(lambda: syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)) == "ECHILD"
             finally:
                 os.close(pidfd)
 
@@ -181,7 +183,7 @@ def lists_worker_of_io_uring() -> str:
         pytest.skip(f"this process may not have an io_uring: {os.strerror(ctypes.get_errno())}")
     try:
         said = {0: "not listed", 1: "listed"}[threads() - before]
-        eventually(lambda: _threads.count_threads() == before)  # it gives itself the name by which we know it
+        eventually(lambda: count_threads() == before)  # it gives itself the name by which we know it
         assert threads() - before == (said == "listed")
     finally:
         os.close(ring)
@@ -200,8 +202,8 @@ def signals_group() -> str:
     read, write = os.pipe()
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", "read x"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)], setpgroup=0)
     os.close(read)
-    pidfd = _linux.open_pidfd(pid)
-    said = answer(lambda: _linux.send_signal(pidfd, signal.SIGTERM, _linux.PIDFD_SIGNAL_PROCESS_GROUP))
+    pidfd = syscalls.open_pidfd(pid)
+    said = answer(lambda: syscalls.send_signal(pidfd, signal.SIGTERM, syscalls.PIDFD_SIGNAL_PROCESS_GROUP))
     os.close(write)
     status = reap(pidfd)
     assert status == (signal.SIGTERM if said == "yes" else 1 << 8)
@@ -211,11 +213,11 @@ def signals_group() -> str:
 def tells_exit() -> str:
     """What PIDFD_GET_INFO tells of a child that somebody else has reaped."""
     with one_held() as child:
-        pidfd = _linux.open_pidfd(child.pid)
+        pidfd = syscalls.open_pidfd(child.pid)
         child.end_unreaped(3)
         os.waitpid(child.pid, 0)
         told: list[int | None] = []
-        said = answer(lambda: told.append(_linux.get_exit(pidfd)))
+        said = answer(lambda: told.append(syscalls.get_exit(pidfd)))
         os.close(pidfd)
     assert said != "yes" or told == [3 << 8]
     return said
@@ -223,10 +225,10 @@ def tells_exit() -> str:
 
 def tells_exit_of_zombie() -> str:
     with one_held() as child:
-        pidfd = _linux.open_pidfd(child.pid)
+        pidfd = syscalls.open_pidfd(child.pid)
         child.end_unreaped(3)
         told: list[int | None] = []
-        said = answer(lambda: told.append(_linux.get_exit(pidfd)))
+        said = answer(lambda: told.append(syscalls.get_exit(pidfd)))
         os.close(pidfd)
     return "not yet" if told == [None] else said
 
@@ -259,10 +261,10 @@ def pidfd_of_reaped() -> str:
     """What opening and signalling it answer once it is gone; as a zombie it can be opened and signalled."""
     with one_held() as child:
         child.end_unreaped(0)
-        pidfd = _linux.open_pidfd(child.pid)
-        _linux.send_signal(pidfd, signal.SIGKILL)
+        pidfd = syscalls.open_pidfd(child.pid)
+        syscalls.send_signal(pidfd, signal.SIGKILL)
         os.waitpid(child.pid, 0)
-        answers = {answer(lambda: _linux.send_signal(pidfd, 0)), answer(lambda: _linux.open_pidfd(child.pid))}
+        answers = {answer(lambda: syscalls.send_signal(pidfd, 0)), answer(lambda: syscalls.open_pidfd(child.pid))}
         os.close(pidfd)
     return " ".join(answers)
 
@@ -280,7 +282,7 @@ else:
     os.waitpid(pid, 0x40000000)
 """
     with one_held() as child:
-        pidfd = _linux.open_pidfd(child.pid)
+        pidfd = syscalls.open_pidfd(child.pid)
         command = [sys.executable, "-c", tracer, str(child.pid)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -289,7 +291,7 @@ else:
             if said == "tracing":
                 child.end(3)
                 select.select([pidfd], [], [])
-                found = _linux.wait_id(_linux.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+                found = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
                 said = "nothing" if found is None else f"status {found.status}"
             process.stdin.close()
             process.wait()

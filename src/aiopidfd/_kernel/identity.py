@@ -14,8 +14,8 @@ import errno
 import os
 from typing import Final, Optional, Union
 
-from . import _linux
-from ._proc import look_at, read_pid
+from . import syscalls
+from .proc import look_at, read_pid
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -34,7 +34,7 @@ def identify(pid: int, pidfd: int = -1) -> Identity:
 
 def inode_of(pid: int, pidfd: int = -1) -> int | None:
     """Return the inode number that is this process's own; None: there is none here, or there is no such process."""
-    return (_linux.pidfd_inode(pidfd) if pidfd >= 0 else _linux.pid_inode(pid)) or None
+    return (syscalls.pidfd_inode(pidfd) if pidfd >= 0 else syscalls.pid_inode(pid)) or None
 
 
 def started_at(pid: int) -> bytes | None:
@@ -56,4 +56,4 @@ def is_pidfd_of(fd: int, pid: int) -> bool:
 
 def is_forbidden(exc: OSError) -> bool:
     """Return whether `exc`, from pidfd_open, says that there are no pidfds here."""
-    return exc.errno in _linux.FORBIDDEN or exc.errno == errno.EINVAL
+    return exc.errno in syscalls.FORBIDDEN or exc.errno == errno.EINVAL

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from . import _proc
-from ._exit import RUSAGE_SIZE
-from ._ext import ffi, lib
+from .._ext import ffi, lib
+from . import proc
+from .exit_status import RUSAGE_SIZE
 
 P_PID: Final = 1
 P_PIDFD: Final = 3
@@ -129,7 +129,7 @@ def get_pid(pidfd: int) -> int | None:
         return pid
     if pid in (-errno.ESRCH, -errno.EREMOTE):
         return 0
-    return _proc.read_pid(pidfd)  # ENOTTY, EINVAL: no pidfd, or an older kernel. ENOSYS, EPERM, EACCES: a filter
+    return proc.read_pid(pidfd)  # ENOTTY, EINVAL: no pidfd, or an older kernel. ENOSYS, EPERM, EACCES: a filter
 
 
 def can_recover_exit() -> bool:

@@ -6,8 +6,8 @@ import errno
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from ._ext import ffi, lib
-from ._linux import RECORD, close_owned, disown, error
+from .._ext import ffi, lib
+from .syscalls import RECORD, close_owned, disown, error
 
 ADD_PEEK: Final = lib.AP_ADD_PEEK
 ADD_CHECK_CHILD: Final = lib.AP_ADD_CHECK_CHILD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from . import _linux
+from . import syscalls
 
 
 def count_threads() -> int | None:
@@ -20,8 +20,8 @@ def count_threads() -> int | None:
     try:
         threads = os.listdir("/proc/self/task")
     except OSError as exc:
-        if exc.errno in _linux.OUT_OF_DESCRIPTORS:
-            raise _linux.error(exc.errno or errno.EIO, "opendir(/proc/self/task)") from exc
+        if exc.errno in syscalls.OUT_OF_DESCRIPTORS:
+            raise syscalls.error(exc.errno or errno.EIO, "opendir(/proc/self/task)") from exc
         return None  # ENOENT: no /proc, or that of a PID namespace that this process is not in; EACCES: a sandbox
     return 1 if len(threads) == 1 else sum(not _is_uring_worker(thread) for thread in threads)
 
