@@ -15,7 +15,8 @@ import sys
 import time
 from collections import Counter
 
-from aiopidfd import _backend, wait
+from aiopidfd import wait
+from aiopidfd._backends import backend
 
 from . import chaos
 from .children import DEADLY
@@ -153,7 +154,7 @@ def main() -> int:
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(2**32)
 
-    os.environ[_backend.ENVIRONMENT] = options.backend
+    os.environ[backend.ENVIRONMENT] = options.backend
     if options.chaos:
         print(f"loop {options.loop}, backend {options.backend}, chaos, seed {options.seed}", flush=True)
         return chaos.run(options.loop, options.seconds, options.seed)

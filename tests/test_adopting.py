@@ -8,7 +8,7 @@ import os
 import pytest
 
 from aiopidfd import PidfdChildProcess
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import proc, syscalls
 from aiopidfd._kernel.syscalls import open_pidfd
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import PidfdWatcher, _orphans, _registries, _sigchld
+from aiopidfd import PidfdWatcher, _registries
+from aiopidfd._backends import orphans, sigchld_backend
 from aiopidfd._kernel import identity, syscalls
 from tests.children import Held, few_descriptors, one_held
 from tests.conftest import BACKENDS, LoopFactory, children
@@ -111,8 +112,8 @@ def test_signal_goes_to_no_other_process_with_the_number(
     if known_by == "nothing":
         monkeypatch.setattr(identity, "started_at", lambda *_: None)
     child = run(loop_factory, start_child)
-    monkeypatch.setattr(_orphans, "inode_of", lambda *_: 1)
-    monkeypatch.setattr(_orphans, "started_at", lambda *_: b"1")
+    monkeypatch.setattr(orphans, "inode_of", lambda *_: 1)
+    monkeypatch.setattr(orphans, "started_at", lambda *_: b"1")
     child.kill()
     child.signal_group(signal.SIGKILL)
     assert child.pid in children()
@@ -265,13 +266,13 @@ def test_zombie_that_its_loop_has_not_seen_is_reaped_as_the_loop_is_closed(loop_
 
 def test_signal_to_a_child_of_a_closed_loop_leaves_no_handler_behind(loop_factory: LoopFactory) -> None:
     """While the signal is sent the handler leaves the child alone, and counts it once then."""
-    _sigchld.settle_abandoned()  # those of earlier tests
+    sigchld_backend.settle_abandoned()  # those of earlier tests
     before = syscalls.describe_sigchld()
     program = run(loop_factory, start_program)
     program.send_signal(signal.SIGCONT)
     program._transport.close()  # which kills it
     while children():
         time.sleep(0.001)
-    _sigchld.settle_abandoned()
+    sigchld_backend.settle_abandoned()
     assert syscalls.reap_abandoned() == 0
     assert syscalls.describe_sigchld() == before

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import aiopidfd
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 from bench import __main__ as command
 from bench import environment, goals, plan, programs, report, results, runner
 from bench.plan import BENCHMARKS, Job

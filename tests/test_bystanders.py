@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _backend, _collector, _sigchld, _thief, wait
+from aiopidfd import PidfdWatcher, _collector, wait
+from aiopidfd._backends import lost_status, sigchld_backend
+from aiopidfd._backends.backend import ENVIRONMENT
 from aiopidfd._kernel import reaper, syscalls
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.syscalls import describe_sigchld
@@ -36,8 +38,8 @@ SA_NOCLDWAIT = 2
 @pytest.fixture(autouse=True)
 def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start from SIG_DFL and return to it, whatever the test does."""
-    monkeypatch.setenv(_backend.ENVIRONMENT, "sigchld")
-    monkeypatch.setattr(_sigchld, "_replaced", (0.0, ""))
+    monkeypatch.setenv(ENVIRONMENT, "sigchld")
+    monkeypatch.setattr(sigchld_backend, "_replaced", (0.0, ""))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -85,7 +87,7 @@ async def drain() -> None:
         await asyncio.sleep(0)
 
 
-def backend_of_this_loop() -> _sigchld.SigchldBackend:
+def backend_of_this_loop() -> sigchld_backend.SigchldBackend:
     """The one under test."""
     backend = registry_of(asyncio.get_running_loop())._sigchld
     assert backend is not None
@@ -109,13 +111,13 @@ async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(
     with held(2) as ours, held(20) as foreign:
         tasks = await watch(*ours)
         looks: list[bool] = []
-        begin_look = _sigchld.SigchldBackend.begin_look
+        begin_look = sigchld_backend.SigchldBackend.begin_look
 
-        def note(self: _sigchld.SigchldBackend, number: float) -> bool:
+        def note(self: sigchld_backend.SigchldBackend, number: float) -> bool:
             looks.append(begin_look(self, number))
             return looks[-1]
 
-        monkeypatch.setattr(_sigchld.SigchldBackend, "begin_look", note)
+        monkeypatch.setattr(sigchld_backend.SigchldBackend, "begin_look", note)
         for child in foreign:
             child.end_unreaped(0)
             os.waitpid(child.pid, 0)
@@ -131,7 +133,7 @@ async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(
 
 
 async def test_many_exits_of_others_cost_one_look(no_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sigchld, "_LOOK_DELAY_S", 3600.0)
+    monkeypatch.setattr(sigchld_backend, "_LOOK_DELAY_S", 3600.0)
     planned: list[float] = []
     with one_held() as ours, held(5) as foreign:
         (task,) = await watch(ours)
@@ -193,7 +195,7 @@ async def test_exits_of_ours_beside_a_zombie_that_nobody_reaps_are_looked_behind
     with held(12) as (foreign, *ours):
         foreign.end_unreaped(9)
         tasks = await watch(*ours)
-        monkeypatch.setattr(_sigchld, "time", times)
+        monkeypatch.setattr(sigchld_backend, "time", times)
         for child, task in zip(ours, tasks):
             child.end_unreaped(1)
             await drain()
@@ -249,7 +251,7 @@ async def test_storm_has_the_handler_pause_until_the_check(
     handlers: Any,
     set_up: Callable[[Any], None],
 ) -> None:
-    monkeypatch.setattr(_sigchld, "_warned_of_storm", False)
+    monkeypatch.setattr(sigchld_backend, "_warned_of_storm", False)
     set_up(handlers)
     before = describe_sigchld()
     with held(3) as (one, two, three):
@@ -321,7 +323,7 @@ def test_child_that_outlives_its_loop_in_a_pause_is_reaped(loop_factory: LoopFac
         child.end(0)
         while child.pid in children():  # nobody but the handler is there to reap it
             pass
-    _sigchld.settle_abandoned()
+    sigchld_backend.settle_abandoned()
     assert describe_sigchld() == "SIG_DFL"
 
 
@@ -392,8 +394,8 @@ def test_warning_of_a_lost_status_looks_everywhere_for_what_has_the_kernel_reap(
     present: str, recent: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(syscalls, "describe_sigchld", lambda: present)
-    monkeypatch.setattr(_sigchld, "recent_replacement", lambda: recent)
-    assert _thief.find_thief().startswith(expected)
+    monkeypatch.setattr(sigchld_backend, "recent_replacement", lambda: recent)
+    assert lost_status.find_thief().startswith(expected)
 
 
 @pytest.mark.parametrize("set_up", [ignore, discard, handle_in_c_and_discard])
@@ -408,9 +410,9 @@ async def test_what_had_the_kernel_reap_is_found_behind_ours(
             os.waitpid(one.pid, 0)  # the kernel has reaped it
         tasks += await watch(two)  # puts ours back in front
         assert describe_sigchld().startswith("ours")
-        assert "so that the kernel reaps children itself" in _thief.find_thief()
-        _sigchld._replaced = (0.0, "")  # as if that were long ago
-        assert "before aiopidfd handled it" in _thief.find_thief()
+        assert "so that the kernel reaps children itself" in lost_status.find_thief()
+        sigchld_backend._replaced = (0.0, "")  # as if that were long ago
+        assert "before aiopidfd handled it" in lost_status.find_thief()
         check_now()
         assert (await tasks[0]).source == "lost"
         two.end(2)

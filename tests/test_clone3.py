@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 
 ROOT = Path(__file__).parent.parent
 INCLUDE = sysconfig.get_path("include")

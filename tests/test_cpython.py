@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 
 import aiopidfd
-from aiopidfd import PidfdWatcher, _backend
+from aiopidfd import PidfdWatcher
+from aiopidfd._backends import backend
 
 from .conftest import run_on
 
@@ -109,7 +110,7 @@ class OnLoop:
     def setUp(self) -> None:
         assert isinstance(self, unittest.TestCase)
         if self.kind == SIGCHLD:
-            self._patch(mock.patch.dict(os.environ, {_backend.ENVIRONMENT: "sigchld"}))
+            self._patch(mock.patch.dict(os.environ, {backend.ENVIRONMENT: "sigchld"}))
         # Some of the newer tests use no loop but the one that this makes.
         self._patch(mock.patch("asyncio.run", functools.partial(run_on, self.new_loop)))
         self.loop = self.new_loop()

@@ -135,7 +135,7 @@ async def test_error_of_the_check_is_reported_once(monkeypatch: pytest.MonkeyPat
     errors = Errors()
     with one_held() as child:
         PidfdWatcher(backend="sigchld").add_child_handler(child.pid, print)
-        monkeypatch.setattr("aiopidfd._sigchld.SigchldBackend.check", fail)
+        monkeypatch.setattr("aiopidfd._backends.sigchld_backend.SigchldBackend.check", fail)
         await asyncio.sleep(0.1)
         PidfdWatcher.remove_child_handler(PidfdWatcher(), child.pid)
         registry_of(asyncio.get_running_loop()).close()

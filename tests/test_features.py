@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from aiopidfd._backend import probe_pidfd
-from aiopidfd._features import features
+from aiopidfd._backends.backend import probe_pidfd
+from aiopidfd._backends.features import features
 from aiopidfd._kernel import syscalls
 
 FORBIDDEN = [errno.ENOSYS, errno.EPERM, errno.EACCES]

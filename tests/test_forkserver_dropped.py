@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 
 from .children import undebugged_environment
 

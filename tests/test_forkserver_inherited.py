@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from aiopidfd import ForkServer
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import inherited
 
 from .children import undebugged_environment

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from aiopidfd import AbstractChildProcess, ChildStartError, ForkServer, PosixChildProcess, _fork, _pickling
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import syscalls
 
 from .children import undebugged_environment

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import proc, syscalls
 
 from .children import undebugged_environment

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import aiopidfd
-from aiopidfd._backend import ENVIRONMENT
+from aiopidfd._backends.backend import ENVIRONMENT
 
 from .children import session_members
 from .conftest import BACKENDS, LOOPS

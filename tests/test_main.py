@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import pytest
 
 from aiopidfd.__main__ import main
-from aiopidfd._features import features
+from aiopidfd._backends.features import features
 from aiopidfd._kernel import syscalls
 
 from .children import session_members, undebugged_environment

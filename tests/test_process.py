@@ -14,7 +14,7 @@ import time
 import pytest
 
 from aiopidfd import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork, notify_ready
-from aiopidfd._backend import probe_pidfd
+from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.syscalls import open_pidfd
 

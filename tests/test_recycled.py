@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aiopidfd import ExitStatus, PidfdChildProcess, PidfdWatcher, PosixChildProcess, _collector, wait
-from aiopidfd._backend import Choice
+from aiopidfd._backends.backend import Choice
 from aiopidfd._kernel.identity import inode_of
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._process import watch_forked

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aiopidfd import PidfdWatcher, wait
-from aiopidfd._backend import ENVIRONMENT, probe_pidfd
+from aiopidfd._backends.backend import ENVIRONMENT, probe_pidfd
 
 from .children import one_held
 from .conftest import LoopFactory, open_descriptors, run_on

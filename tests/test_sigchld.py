@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _backend, _collector, _sigchld, afork, wait
+from aiopidfd import PidfdWatcher, _collector, afork, wait
+from aiopidfd._backends import backend, sigchld_backend
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.syscalls import describe_sigchld
@@ -45,7 +46,7 @@ needs_uvloop = pytest.mark.skipif(uvloop is None, reason="uvloop is not installe
 @pytest.fixture(autouse=True)
 def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start from SIG_DFL and return to it, whatever the test does."""
-    monkeypatch.setenv(_backend.ENVIRONMENT, "sigchld")
+    monkeypatch.setenv(backend.ENVIRONMENT, "sigchld")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -324,10 +325,10 @@ async def test_checks_go_on_while_there_are_no_descriptors() -> None:
 
 def test_interrupt_of_a_check_ends_no_checks(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """KeyboardInterrupt leaves run_forever; when the loop runs again, so do the checks."""
-    check = _sigchld.SigchldBackend.check
+    check = sigchld_backend.SigchldBackend.check
 
-    def interrupted(self: _sigchld.SigchldBackend) -> None:
-        monkeypatch.setattr(_sigchld.SigchldBackend, "check", check)
+    def interrupted(self: sigchld_backend.SigchldBackend) -> None:
+        monkeypatch.setattr(sigchld_backend.SigchldBackend, "check", check)
         raise KeyboardInterrupt
 
     async def main() -> ExitStatus:
@@ -336,7 +337,7 @@ def test_interrupt_of_a_check_ends_no_checks(loop_factory: LoopFactory, monkeypa
     loop = loop_factory()
     with one_held() as one:
         waiting = loop.run_until_complete(watch_one(one))
-        monkeypatch.setattr(_sigchld.SigchldBackend, "check", interrupted)
+        monkeypatch.setattr(sigchld_backend.SigchldBackend, "check", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.run_until_complete(asyncio.sleep(FOUND_BY_CHECK_S))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -367,7 +368,7 @@ async def test_ignored_sigchld_costs_no_status_and_is_warned_of_once(
     ignore: Callable[[Any], None],
     said: str,
 ) -> None:
-    monkeypatch.setattr(_sigchld, "_warned_of_ignored", False)
+    monkeypatch.setattr(sigchld_backend, "_warned_of_ignored", False)
     ignore(handlers)
     before = describe_sigchld()
     for code in (3, 4):
@@ -385,7 +386,7 @@ async def test_ignored_sigchld_costs_no_status_and_is_warned_of_once(
 async def test_sigchld_ignored_later_loses_what_ends_before_the_check_and_no_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_sigchld, "_warned_of_ignored", False)
+    monkeypatch.setattr(sigchld_backend, "_warned_of_ignored", False)
     with held(2) as (one, two):
         tasks = await watch(one, two)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from aiopidfd import PidfdWatcher, PosixChildProcess, _sigchld, features, wait
+from aiopidfd import PidfdWatcher, PosixChildProcess, features, wait
+from aiopidfd._backends import sigchld_backend
 from aiopidfd._kernel import proc
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.proc import Sight, look_at
@@ -149,7 +150,7 @@ async def test_number_of_a_stranger_that_another_process_has_got_is_its_end(
         pytest.skip("a pidfd is not fooled by numbers")
     with Stranger() as stranger:
         waiting = await watch(stranger)
-        monkeypatch.setattr(_sigchld, "look_at", lambda pid: Sight(b"another time", has_ended=False))
+        monkeypatch.setattr(sigchld_backend, "look_at", lambda pid: Sight(b"another time", has_ended=False))
         check_now()
         assert (await waiting).source == "not-child"
 

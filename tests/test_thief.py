@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ExitStatus, PidfdWatcher, _collector, _sigchld, _thief, afork, wait
+from aiopidfd import ExitStatus, PidfdWatcher, _collector, afork, wait
+from aiopidfd._backends import lost_status, sigchld_backend
+from aiopidfd._backends.pidfd_backend import PidfdBackend
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.syscalls import can_recover_exit, error
-from aiopidfd._pidfd import PidfdBackend
 from aiopidfd._registries import registry_of
 
 from .children import Held, Stranger, await_zombie, held, one_held, state_of, traced, undebugged_environment
@@ -50,9 +51,11 @@ def thief() -> Iterator[ctypes.CDLL]:
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the SIGCHLD backend look after its handler often, and say each time that SIGCHLD was ignored."""
-    monkeypatch.setattr(_sigchld, "_warned_of_ignored", False)
+    monkeypatch.setattr(sigchld_backend, "_warned_of_ignored", False)
     monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 0.05)
-    monkeypatch.setattr(_sigchld, "_replaced", (0.0, ""))  # by whom it was replaced in the last test says nothing here
+    monkeypatch.setattr(
+        sigchld_backend, "_replaced", (0.0, "")
+    )  # by whom it was replaced in the last test says nothing here
 
 
 def lost_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -273,7 +276,7 @@ def test_harmless_handler_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> Non
     """libuv's, which asks for its own children only."""
     action = "ours, and behind it a handler in /x/site-packages/uvloop/loop.so"
     monkeypatch.setattr(syscalls, "describe_sigchld", lambda: action)
-    assert "another thread" in _thief.find_thief()
+    assert "another thread" in lost_status.find_thief()
 
 
 # Older kernels, which do not tell the status of a reaped process, and the instant before a kernel tells it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ._backends.features import Features, features
 from ._child import notify_ready
-from ._features import Features, features
 from ._fork import ChildStartError, afork
 from ._forkserver import ForkServer
 from ._kernel.exit_status import ExitStatus

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from ._features import Features, features
+from ._backends.features import Features, features
 from ._fork import ChildStartError
 
 _DEMO = """\

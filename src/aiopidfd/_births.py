@@ -7,7 +7,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from ._backend import choose, logger
+from ._backends.backend import choose, logger
 from ._birth import Birth, by, kill_unreaped, make_birth
 from ._kernel import syscalls
 from ._kernel.exit_status import ExitStatus

@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import Context
 
+from ._backends.pidfd_backend import PidfdBackend
+from ._backends.sigchld_backend import CHECK_INTERVAL_S, SigchldBackend
 from ._birth import Birth
 from ._ends import Ends
 from ._gate import Gates
@@ -35,8 +37,6 @@ from ._kernel.reaper import (
     Record,
 )
 from ._loop_link import LoopLink
-from ._pidfd import PidfdBackend
-from ._sigchld import CHECK_INTERVAL_S, SigchldBackend
 from ._watched import Child
 
 # How many batches one call of the loop reaps and tells of at most, before others have their turn.

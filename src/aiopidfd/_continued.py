@@ -19,7 +19,7 @@ import os
 import select
 from contextvars import Context
 
-from ._backend import logger
+from ._backends.backend import logger
 from ._collector import Collector
 from ._kernel.exit_status import ExitStatus
 from ._kernel.syscalls import occupy

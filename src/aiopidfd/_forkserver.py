@@ -12,7 +12,7 @@ from contextvars import Context
 from types import TracebackType
 
 from . import _fork
-from ._backend import choose, probe_pidfd
+from ._backends.backend import choose, probe_pidfd
 from ._child import Options, Ready
 from ._fork import ChildStartError, afork
 from ._forkserver_launch import ForkServerFeatures, StartMethod, describe_fallback, launch

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from types import TracebackType
 
-from ._backend import Choice, logger
+from ._backends.backend import Choice, logger
 from ._kernel import syscalls
 from ._kernel.exit_status import ExitStatus
 from ._registries import registry_of

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from contextvars import copy_context
 from signal import SIGKILL
 
-from . import _backend
-from ._backend import Backend, Choice, choose, is_forbidden, logger
+from ._backends.backend import Backend, Choice, choose, decision, is_forbidden, logger
+from ._backends.orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
+from ._backends.sigchld_backend import abandon, claim, is_used
 from ._birth import end_births
 from ._collector import Collector, by_pid
 from ._gate import Gate
 from ._kernel import reaper, syscalls
-from ._orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
-from ._sigchld import abandon, claim, is_used
 from ._watched import Args, Child, Observer, make_child
 
 _try_add = reaper.try_add
@@ -94,7 +93,7 @@ class Registry(Collector):
         """Do what `observe` does for a child that it is told of by pid, in fewer steps where nothing is out of the way."""
         children = self._children
         with self._lock:
-            if pid not in children and not self.closed and choice != "sigchld" and _backend.decision.name == "pidfd":
+            if pid not in children and not self.closed and choice != "sigchld" and decision.name == "pidfd":
                 pidfd = _try_add(self._reaper.fd, pid, _CHECK_CHILD)
                 if pidfd >= 0:
                     children[pid] = make_child(pid, pidfd, self._pidfd, key, observer, args, copy_context())

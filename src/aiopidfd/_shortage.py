@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._backend import logger
+from ._backends.backend import logger
 from ._birth import Birth
 from ._registry import Registry
 

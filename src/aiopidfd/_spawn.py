@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._backend import logger
+from ._backends.backend import logger
 from ._birth import Birth
 from ._kernel import syscalls
 from ._popen import PythonsPopen, is_plain, popen

@@ -11,19 +11,19 @@ from contextvars import copy_context
 from io import FileIO
 from typing import Any
 
-from ._backend import logger
+from ._backends.backend import logger
+from ._backends.lost_status import warn_lost
+from ._backends.orphans import ENDED
 from ._birth import Birth
 from ._births import expect_birth, kill, observe_birth, undo_birth
 from ._kernel.exit_status import ExitStatus
 from ._kernel.syscalls import OUT_OF_DESCRIPTORS
 from ._loop_link import can_nest
-from ._orphans import ENDED
 from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
 from ._registries import registry_of
 from ._registry import Registry
 from ._shortage import free_descriptors
 from ._spawn import start
-from ._thief import warn_lost
 from ._watched import Child
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ._backend import Choice, check_choice, require
+from ._backends.backend import Choice, check_choice, require
 from ._kernel.exit_status import ExitStatus
 from ._plug import plug, unplug
 from ._registries import find_registries, registry_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
-from ._backend import Backend
-from ._kernel import syscalls
-from ._kernel.reaper import Reaper
+from .._kernel import syscalls
+from .._kernel.reaper import Reaper
+from .backend import Backend
 
 
 class PidfdBackend(Backend):

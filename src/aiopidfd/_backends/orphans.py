@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-from ._kernel import syscalls
-from ._kernel.identity import Identity, identify, inode_of, is_forbidden, started_at
-from ._sigchld import unabandoned
+from .._kernel import syscalls
+from .._kernel.identity import Identity, identify, inode_of, is_forbidden, started_at
+from .sigchld_backend import unabandoned
 
 # Why a signal was not sent, as what is said of the process.
 ENDED = "has ended"

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from ._kernel import syscalls
+from .._kernel import syscalls
 
 logger = logging.getLogger("aiopidfd")
 

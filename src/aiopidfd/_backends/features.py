@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from ._backend import BackendName, decide
-from ._kernel import syscalls
-from ._kernel.proc import find_obstacle
+from .._kernel import syscalls
+from .._kernel.proc import find_obstacle
+from .backend import BackendName, decide
 
 YES: Final = "yes"
 

@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 
-from . import _sigchld
-from ._backend import logger
-from ._kernel import syscalls
-from ._kernel.exit_status import LOST_RETURNCODE
+from .._kernel import syscalls
+from .._kernel.exit_status import LOST_RETURNCODE
+from . import sigchld_backend
+from .backend import logger
 
 _NOBODY_KNOWN = "another thread or library of this process that calls wait(), or a second watcher"
 
@@ -33,7 +33,7 @@ def warn_lost(pid: int) -> None:
 def find_thief() -> str:
     """Say who is likely to have reaped a child of ours: what SIGCHLD is set to, or was a moment ago, or else some thread."""
     present, _, behind = syscalls.describe_sigchld().partition(syscalls.BEHIND)
-    recent = _sigchld.recent_replacement().partition(syscalls.BEHIND)[0]
+    recent = sigchld_backend.recent_replacement().partition(syscalls.BEHIND)[0]
     # First whatever has the kernel reap: a handler that is there, too, may be harmless, and this is not.
     if why := _why_kernel_reaps(present):
         return f"SIGCHLD is {why}, so that the kernel reaps children itself"

@@ -10,11 +10,11 @@ import weakref
 from _thread import RLock
 from collections.abc import Callable, Iterator
 
-from ._backend import Backend, logger
-from ._kernel import syscalls
-from ._kernel.identity import inode_of, is_started_after
-from ._kernel.proc import look_at
-from ._kernel.reaper import ADD_CHECK_CHILD, ADD_PEEK, BATCH_SIZE, DOUBT_ALL, DOUBT_NOW, SOURCE_LOST, Pids, Reaper, Record
+from .._kernel import syscalls
+from .._kernel.identity import inode_of, is_started_after
+from .._kernel.proc import look_at
+from .._kernel.reaper import ADD_CHECK_CHILD, ADD_PEEK, BATCH_SIZE, DOUBT_ALL, DOUBT_NOW, SOURCE_LOST, Pids, Reaper, Record
+from .backend import Backend, logger
 
 # How often the handler is checked, and every child asked for, while children are watched by it: what a replaced handler,
 # or a thief, can delay an exit by.
