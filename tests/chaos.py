@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import aiopidfd
 from aiopidfd._kernel.exit_status import LOST_RETURNCODE
 from aiopidfd._kernel.syscalls import can_recover_exit
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 
 from .chaos_lives import PATIENCE_S, Act, Held
 from .conftest import LoopFactory, children, open_descriptors

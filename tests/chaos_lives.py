@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import aiopidfd
 from aiopidfd import PidfdWatcher, wait
 from aiopidfd._kernel.exit_status import LOST_RETURNCODE
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 
 from .children import DEADLY, Stranger, obey
 from .mischief import is_out_of_descriptors

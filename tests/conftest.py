@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _registries
 from aiopidfd._backends import sigchld_backend
 from aiopidfd._backends.backend import ENVIRONMENT, decision, probe_pidfd
 from aiopidfd._kernel import syscalls, threads
+from aiopidfd._watch import registries
 
 try:
     import uvloop
@@ -204,5 +204,5 @@ def locks_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
 
     A signal handler raises there on Python 3.9 alone. Its own thread can take them again, and all others wait for ever.
     """
-    for module in _registries, sigchld_backend:
+    for module in registries, sigchld_backend:
         monkeypatch.setattr(module, "_lock", threading.RLock())

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ChildStartError, _registries, afork
+from aiopidfd import ChildStartError, afork
 from aiopidfd._backends import sigchld_backend
 from aiopidfd._kernel import syscalls
+from aiopidfd._watch import registries
 
 from .conftest import LoopFactory, run_on
 from .seccomp import compile_c
@@ -42,7 +43,7 @@ def held_by_another_thread(lock: Any) -> Any:
         thread.join()
 
 
-@pytest.mark.parametrize("lock", [_registries._lock, sigchld_backend._lock], ids=["registries", "sigchld"])
+@pytest.mark.parametrize("lock", [registries._lock, sigchld_backend._lock], ids=["registries", "sigchld"])
 def test_lock_held_by_another_thread_is_free_in_a_forked_child(lock: Any, loop_factory: LoopFactory) -> None:
     async def fork_once() -> int:
         async with await afork(lambda: 0) as child:  # so that the hooks are in place

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import PidfdWatcher, _registries
+from aiopidfd import PidfdWatcher
 from aiopidfd._backends import orphans, sigchld_backend
 from aiopidfd._kernel import identity, syscalls
+from aiopidfd._watch import registries
 from tests.children import Held, few_descriptors, one_held
 from tests.conftest import BACKENDS, LoopFactory, children
 from tests.workers import wait_for_signal
@@ -229,7 +230,7 @@ def test_loop_that_is_dropped_unclosed_is_collected(pending: str, backend: str) 
         pid, ref = drop()
         gc.collect()
     assert ref() is None
-    assert not _registries._registries
+    assert not registries._registries
     os.kill(pid, signal.SIGKILL)
     await_end(pid)
 

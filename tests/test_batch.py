@@ -9,7 +9,7 @@ import pytest
 
 from aiopidfd import PidfdWatcher
 from aiopidfd._kernel.reaper import Reaper
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 
 from .children import one_held
 from .conftest import BACKENDS as WORKING

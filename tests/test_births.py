@@ -18,8 +18,8 @@ import pytest
 import aiopidfd
 from aiopidfd import _births, _spawn, _subprocess
 from aiopidfd._kernel import syscalls
-from aiopidfd._registries import registry_of
-from aiopidfd._registry import Registry
+from aiopidfd._watch.registries import registry_of
+from aiopidfd._watch.registry import Registry
 
 from . import conftest
 from .conftest import LoopFactory, children, open_descriptors

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _collector, wait
+from aiopidfd import PidfdWatcher, wait
 from aiopidfd._backends import lost_status, sigchld_backend
 from aiopidfd._backends.backend import ENVIRONMENT
 from aiopidfd._kernel import reaper, syscalls
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.syscalls import describe_sigchld
-from aiopidfd._registries import registry_of
+from aiopidfd._watch import collector
+from aiopidfd._watch.registries import registry_of
 
 from .children import Held, held, one_held
 from .conftest import LoopFactory, children, run_on
@@ -48,7 +49,7 @@ def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put off the check once a second."""
-    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 3600.0)
 
 
 @pytest.fixture

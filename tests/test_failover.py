@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _collector, afork, wait
+from aiopidfd import PidfdWatcher, afork, wait
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.reaper import Reaper
-from aiopidfd._registries import registry_of
+from aiopidfd._watch import collector
+from aiopidfd._watch.registries import registry_of
 from tests.children import held, one_held
 from tests.conftest import LoopFactory
 from tests.test_context import plugged
@@ -86,7 +87,7 @@ async def test_afork_and_programs_notice_a_closed_reaper() -> None:
     async with await afork(lambda: 5) as forked:
         assert await forked.wait() == 5
     await lose_reaper(False)
-    await asyncio.sleep(_collector.TRIAL_S)
+    await asyncio.sleep(collector.TRIAL_S)
     process = await asyncio.create_subprocess_exec("sh", "-c", "exit 4")
     assert await process.wait() == 4
     watcher.close()
@@ -131,7 +132,7 @@ async def test_error_of_the_check_is_reported_once(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> Any:
         raise PermissionError(errno.EACCES, "as of a /proc that cannot be read")
 
-    monkeypatch.setattr("aiopidfd._collector.CHECK_INTERVAL_S", 0.01)
+    monkeypatch.setattr("aiopidfd._watch.collector.CHECK_INTERVAL_S", 0.01)
     errors = Errors()
     with one_held() as child:
         PidfdWatcher(backend="sigchld").add_child_handler(child.pid, print)

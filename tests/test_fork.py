@@ -18,10 +18,10 @@ import pytest
 
 import aiopidfd
 from aiopidfd import ChildStartError, _fork, afork, notify_ready
-from aiopidfd._gate import READY
 from aiopidfd._kernel.threads import count_threads
-from aiopidfd._registries import registry_of
-from aiopidfd._registry import Registry
+from aiopidfd._watch.registries import registry_of
+from aiopidfd._watch.registry import Registry
+from aiopidfd._watch.start_gate import READY
 
 from .children import await_zombie, held
 from .conftest import LoopFactory, children, run_on

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from aiopidfd import AbstractChildProcess, _child, _fork, afork
-from aiopidfd._registries import registry_of
-from aiopidfd._registry import Registry
+from aiopidfd._watch.registries import registry_of
+from aiopidfd._watch.registry import Registry
 
 from .conftest import children
 from .workers import exit_with, fork_server, wait_for_signal

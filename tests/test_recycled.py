@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ExitStatus, PidfdChildProcess, PidfdWatcher, PosixChildProcess, _collector, wait
+from aiopidfd import ExitStatus, PidfdChildProcess, PidfdWatcher, PosixChildProcess, wait
 from aiopidfd._backends.backend import Choice
 from aiopidfd._kernel.identity import inode_of
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._process import watch_forked
-from aiopidfd._registries import registry_of
+from aiopidfd._watch import collector
+from aiopidfd._watch.registries import registry_of
 from tests.children import Held, one_held
 from tests.conftest import BACKENDS as AVAILABLE
 from tests.conftest import LoopFactory, run_on
@@ -35,7 +36,7 @@ def distinguishable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip where nothing tells the two apart; put off the check, which would report the first in any case."""
     if inode_of(os.getpid()) is None or not can_recover_exit():
         pytest.skip("needs pidfds with inodes and PIDFD_INFO_EXIT (Linux 6.15)")
-    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 3600.0)
 
 
 def steal(child: Held, code: int) -> None:

@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import PidfdWatcher, _collector, afork, wait
+from aiopidfd import PidfdWatcher, afork, wait
 from aiopidfd._backends import backend, sigchld_backend
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._process import PosixChildProcess
-from aiopidfd._registries import registry_of
+from aiopidfd._watch import collector
+from aiopidfd._watch.registries import registry_of
 
 from .children import Held, Stranger, await_zombie, held, one_held
 from .conftest import LoopFactory, run_on
@@ -55,7 +56,7 @@ def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put off the check once a second: what is seen now, the handler has told."""
-    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 3600.0)
 
 
 @pytest.fixture

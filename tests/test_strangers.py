@@ -22,7 +22,7 @@ from aiopidfd._kernel import proc
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.proc import Sight, look_at
 from aiopidfd._kernel.syscalls import can_recover_exit
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 
 from .children import Stranger, one_held
 from .conftest import LoopFactory
@@ -202,7 +202,7 @@ _PROGRAM = """
 import asyncio, os, subprocess, sys
 import aiopidfd
 from aiopidfd._kernel import syscalls
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 stranger = subprocess.Popen(["/bin/sh", "-c", "read x; exit 11"], stdin=subprocess.PIPE)
 read, write = os.pipe()
 async def main():

@@ -30,7 +30,7 @@ NOT_COUNTED = {"getpid", "brk", "futex", "madvise", "mmap", "mprotect", "mremap"
 _PROGRAM = """
 import asyncio, gc, os, signal, sys
 from aiopidfd import PidfdWatcher, wait
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 loop_kind, path, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 def mark(what):

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import ExitStatus, PidfdWatcher, _collector, afork, wait
+from aiopidfd import ExitStatus, PidfdWatcher, afork, wait
 from aiopidfd._backends import lost_status, sigchld_backend
 from aiopidfd._backends.pidfd_backend import PidfdBackend
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.syscalls import can_recover_exit, error
-from aiopidfd._registries import registry_of
+from aiopidfd._watch import collector
+from aiopidfd._watch.registries import registry_of
 
 from .children import Held, Stranger, await_zombie, held, one_held, state_of, traced, undebugged_environment
 from .conftest import BACKENDS, LoopFactory, children, run_on
@@ -52,7 +53,7 @@ def thief() -> Iterator[ctypes.CDLL]:
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the SIGCHLD backend look after its handler often, and say each time that SIGCHLD was ignored."""
     monkeypatch.setattr(sigchld_backend, "_warned_of_ignored", False)
-    monkeypatch.setattr(_collector, "CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 0.05)
     monkeypatch.setattr(
         sigchld_backend, "_replaced", (0.0, "")
     )  # by whom it was replaced in the last test says nothing here
@@ -305,7 +306,7 @@ loop.close()
 
 _WITHOUT_WAITID = """
 import asyncio, os
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 async def main():
     loop = asyncio.get_running_loop()
     read, write = os.pipe()
@@ -374,7 +375,7 @@ def test_status_that_the_kernel_is_about_to_publish_is_asked_for_again(early: in
 async def test_stranger_s_status_is_told_when_its_zombie_is_reaped(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "pidfd" or not can_recover_exit():
         pytest.skip("a stranger's status cannot be known here")
-    monkeypatch.setattr(_collector, "STRANGER_GRACE_S", 60.0)
+    monkeypatch.setattr(collector, "STRANGER_GRACE_S", 60.0)
     with Stranger() as stranger:
         waiting = await watched(stranger.pid)
         pidfd = os.pidfd_open(stranger.pid)

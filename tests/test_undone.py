@@ -17,8 +17,8 @@ import pytest
 
 import aiopidfd
 from aiopidfd import _subprocess
-from aiopidfd._registry import Registry
 from aiopidfd._subprocess import SubprocessTransport
+from aiopidfd._watch.registry import Registry
 
 from .conftest import LoopFactory, open_descriptors, run_on
 from .subprocesses import (

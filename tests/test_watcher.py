@@ -17,7 +17,7 @@ import pytest
 
 from aiopidfd import PidfdWatcher, wait
 from aiopidfd._kernel.syscalls import describe_sigchld
-from aiopidfd._registries import registry_of
+from aiopidfd._watch.registries import registry_of
 
 from .children import Held, await_zombie, held, one_held
 from .conftest import LoopFactory, open_descriptors, run_on

@@ -8,11 +8,11 @@ import signal
 from typing import TYPE_CHECKING
 
 from ._backends.backend import choose, logger
-from ._birth import Birth, by, kill_unreaped, make_birth
 from ._kernel import syscalls
 from ._kernel.exit_status import ExitStatus
-from ._registry import Registry
-from ._watched import Child, Observer
+from ._watch.birth import Birth, by, kill_unreaped, make_birth
+from ._watch.child import Child, Observer
+from ._watch.registry import Registry
 
 if TYPE_CHECKING:
     from subprocess import Popen

@@ -19,12 +19,12 @@ from typing import TypeVar, cast
 from . import _child
 from ._child import Options, Ready
 from ._child_exit import flush_streams, note_inherited
-from ._gate import Gate
 from ._kernel import proc, syscalls, threads
 from ._kernel.exit_status import ExitStatus
 from ._kernel.syscalls import reinit_fork_lock
 from ._process import AbstractChildProcess, End, expect_child, watch_expected
-from ._registry import Registry
+from ._watch.registry import Registry
+from ._watch.start_gate import Gate
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
 Fork = Callable[[Registry, Gate, syscalls.Live], None]

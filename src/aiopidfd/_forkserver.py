@@ -23,8 +23,8 @@ from ._kernel import syscalls
 from ._kernel.exit_status import ExitStatus
 from ._pickling import pickle_call
 from ._process import AbstractChildProcess
-from ._registries import registry_of
-from ._watched import Child
+from ._watch.child import Child
+from ._watch.registries import registry_of
 
 # clone(2) with CLONE_PIDFD and CLONE_PARENT cannot be had here, as against: not at the moment.
 _REFUSED = syscalls.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}

@@ -15,12 +15,12 @@ from typing import Literal
 from . import _fork
 from ._child import Options
 from ._forkserver_main import serve
-from ._gate import Gate
 from ._kernel import syscalls
 from ._kernel.inherited import Snapshot, replace_inherited
 from ._kernel.threads import count_threads
 from ._process import AbstractChildProcess, watch_forked
-from ._registry import Registry
+from ._watch.registry import Registry
+from ._watch.start_gate import Gate
 
 StartMethod = Literal["fork", "spawn"]
 MadeBy = Literal["clone", "os.fork", "spawn", "none"]

@@ -17,10 +17,10 @@ from . import _fork
 from ._child import Options
 from ._forkserver_end import LastResort
 from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
-from ._gate import READY
 from ._kernel import syscalls
-from ._loop_link import add_reader, add_writer
 from ._process import AbstractChildProcess, watch_forked
+from ._watch.loop_link import add_reader, add_writer
+from ._watch.start_gate import READY
 
 # How long a cancelled request waits for the server's word on whether there is a worker to be ended.
 REPLY_S = 1.0

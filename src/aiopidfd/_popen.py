@@ -14,8 +14,8 @@ from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
-from ._birth import Birth
 from ._streams import NeedsPopen, Streams
+from ._watch.birth import Birth
 
 
 def _find_popen() -> type[Any]:

@@ -13,9 +13,9 @@ from types import TracebackType
 from ._backends.backend import Choice, logger
 from ._kernel import syscalls
 from ._kernel.exit_status import ExitStatus
-from ._registries import registry_of
-from ._registry import Registry
-from ._watched import Child
+from ._watch.child import Child
+from ._watch.registries import registry_of
+from ._watch.registry import Registry
 from ._watcher import check_pid
 
 # What asks a process to end. One that does not, and is then killed, was hanging.

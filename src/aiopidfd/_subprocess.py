@@ -14,17 +14,17 @@ from typing import Any
 from ._backends.backend import logger
 from ._backends.lost_status import warn_lost
 from ._backends.orphans import ENDED
-from ._birth import Birth
 from ._births import expect_birth, kill, observe_birth, undo_birth
 from ._kernel.exit_status import ExitStatus
 from ._kernel.syscalls import OUT_OF_DESCRIPTORS
-from ._loop_link import can_nest
 from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
-from ._registries import registry_of
-from ._registry import Registry
 from ._shortage import free_descriptors
 from ._spawn import start
-from ._watched import Child
+from ._watch.birth import Birth
+from ._watch.child import Child
+from ._watch.loop_link import can_nest
+from ._watch.registries import registry_of
+from ._watch.registry import Registry
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
 Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]

@@ -13,8 +13,8 @@ from typing import Any
 from ._backends.backend import Choice, check_choice, require
 from ._kernel.exit_status import ExitStatus
 from ._plug import plug, unplug
-from ._registries import find_registries, registry_of
-from ._registry import Registry
+from ._watch.registries import find_registries, registry_of
+from ._watch.registry import Registry
 
 
 def _watcher_base() -> type:

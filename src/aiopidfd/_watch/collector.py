@@ -17,15 +17,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import Context
 
-from ._backends.pidfd_backend import PidfdBackend
-from ._backends.sigchld_backend import CHECK_INTERVAL_S, SigchldBackend
-from ._birth import Birth
-from ._ends import Ends
-from ._gate import Gates
-from ._kernel import syscalls
-from ._kernel.exit_status import ExitStatus
-from ._kernel.identity import is_pidfd_of
-from ._kernel.reaper import (
+from .._backends.pidfd_backend import PidfdBackend
+from .._backends.sigchld_backend import CHECK_INTERVAL_S, SigchldBackend
+from .._kernel import syscalls
+from .._kernel.exit_status import ExitStatus
+from .._kernel.identity import is_pidfd_of
+from .._kernel.reaper import (
     ADD_CHECK_CHILD,
     ADD_PEEK,
     BATCH_SIZE,
@@ -36,8 +33,11 @@ from ._kernel.reaper import (
     Reaper,
     Record,
 )
-from ._loop_link import LoopLink
-from ._watched import Child
+from .birth import Birth
+from .child import Child
+from .loop_link import LoopLink
+from .notify import Ends
+from .start_gate import Gates
 
 # How many batches one call of the loop reaps and tells of at most, before others have their turn.
 _BATCHES = 4

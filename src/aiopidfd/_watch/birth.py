@@ -15,7 +15,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from ._kernel import syscalls
+from .._kernel import syscalls
 
 if TYPE_CHECKING:
     from subprocess import Popen

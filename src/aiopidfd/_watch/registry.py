@@ -10,14 +10,14 @@ from collections.abc import Callable
 from contextvars import copy_context
 from signal import SIGKILL
 
-from ._backends.backend import Backend, Choice, choose, decision, is_forbidden, logger
-from ._backends.orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
-from ._backends.sigchld_backend import abandon, claim, is_used
-from ._birth import end_births
-from ._collector import Collector, by_pid
-from ._gate import Gate
-from ._kernel import reaper, syscalls
-from ._watched import Args, Child, Observer, make_child
+from .._backends.backend import Backend, Choice, choose, decision, is_forbidden, logger
+from .._backends.orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
+from .._backends.sigchld_backend import abandon, claim, is_used
+from .._kernel import reaper, syscalls
+from .birth import end_births
+from .child import Args, Child, Observer, make_child
+from .collector import Collector, by_pid
+from .start_gate import Gate
 
 _try_add = reaper.try_add
 _CHECK_CHILD = reaper.ADD_CHECK_CHILD

@@ -8,11 +8,11 @@ from contextvars import Context
 from os import waitstatus_to_exitcode
 from typing import Any, Optional
 
-from ._backends.backend import Backend
-from ._backends.lost_status import warn_lost
-from ._backends.orphans import Orphan
-from ._kernel.exit_status import ExitStatus, Source
-from ._kernel.reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
+from .._backends.backend import Backend
+from .._backends.lost_status import warn_lost
+from .._backends.orphans import Orphan
+from .._kernel.exit_status import ExitStatus, Source
+from .._kernel.reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
 
 Observer = Callable[..., object]
 """Called with an ExitStatus or, where there are args to it, with pid, returncode, *args."""

@@ -19,10 +19,10 @@ import os
 import select
 from contextvars import Context
 
-from ._backends.backend import logger
-from ._collector import Collector
-from ._kernel.exit_status import ExitStatus
-from ._kernel.syscalls import occupy
+from .._backends.backend import logger
+from .._kernel.exit_status import ExitStatus
+from .._kernel.syscalls import occupy
+from .collector import Collector
 
 
 def inherit(registry: Collector) -> None:

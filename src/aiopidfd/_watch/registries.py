@@ -7,10 +7,10 @@ import os
 import weakref
 from _thread import RLock
 
-from ._backends.sigchld_backend import forget_after_fork, settle_abandoned
-from ._continued import inherit, leave
-from ._kernel.syscalls import is_expected_child, let_go
-from ._registry import Registry
+from .._backends.sigchld_backend import forget_after_fork, settle_abandoned
+from .._kernel.syscalls import is_expected_child, let_go
+from .continued import inherit, leave
+from .registry import Registry
 
 # By the id of their loop, which owns its registry. A registry goes as it is closed, which it is before its loop is gone;
 # should a loop not see to that, another one may have its id: hence the look at whose it is.

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 
-from ._kernel import syscalls
+from .._kernel import syscalls
 
 GO = b"g"  # from the parent: you are watched
 READY = b"r"

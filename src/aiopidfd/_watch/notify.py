@@ -6,9 +6,9 @@ import asyncio
 import weakref
 from collections import deque
 
-from ._gate import Gate
-from ._loop_link import LoopLink
-from ._watched import Child
+from .child import Child
+from .loop_link import LoopLink
+from .start_gate import Gate
 
 
 class Ends:
