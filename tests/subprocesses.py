@@ -15,7 +15,7 @@ import pytest
 
 import aiopidfd
 from aiopidfd import PidfdWatcher
-from aiopidfd._subprocess import SubprocessTransport
+from aiopidfd._programs.transport import SubprocessTransport
 
 from . import conftest
 from .children import await_zombie

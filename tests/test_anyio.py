@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd._subprocess import SubprocessTransport
+from aiopidfd._programs.transport import SubprocessTransport
 
 anyio = pytest.importorskip("anyio", reason="anyio is not installed")
 to_process = pytest.importorskip("anyio.to_process")

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _births, _spawn, _subprocess
 from aiopidfd._kernel import syscalls
+from aiopidfd._programs import births, transport
+from aiopidfd._programs import spawn as spawning
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
 
@@ -125,7 +126,7 @@ def test_interrupt_at_any_place_leaves_nothing(loop_factory: LoopFactory, locks_
 
 
 def patch_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_spawn, "_Process", interrupt)
+    monkeypatch.setattr(spawning, "_Process", interrupt)
 
 
 def patch_after_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +172,7 @@ async def test_interrupt_of_the_undoing_leaves_nothing_once_the_loop_is_closed(
 ) -> None:
     """As two Ctrl+C in a row: nobody watches it then, and the fixture finds what is left after the loop is closed."""
     patch_process(monkeypatch)
-    monkeypatch.setattr(_subprocess, "undo_birth", interrupt)
+    monkeypatch.setattr(transport, "undo_birth", interrupt)
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/sleep", "1000")
     assert len(children()) == 1
@@ -182,7 +183,7 @@ async def test_program_that_ends_after_two_interrupts_is_reaped_and_forgotten(
 ) -> None:
     """Its number, and that of its pidfd, may be another's by the time the loop is closed."""
     patch_process(monkeypatch)
-    monkeypatch.setattr(_subprocess, "undo_birth", interrupt)
+    monkeypatch.setattr(transport, "undo_birth", interrupt)
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/true")
     while children():
@@ -192,7 +193,7 @@ async def test_program_that_ends_after_two_interrupts_is_reaped_and_forgotten(
 
 
 async def test_real_signal_between_clone_and_popen_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    process_class = _spawn._Process
+    process_class = spawning._Process
 
     def with_signal(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -200,7 +201,7 @@ async def test_real_signal_between_clone_and_popen_object(monkeypatch: pytest.Mo
 
     previous = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        monkeypatch.setattr(_spawn, "_Process", with_signal)
+        monkeypatch.setattr(spawning, "_Process", with_signal)
         with pytest.raises(Interrupt):
             await asyncio.create_subprocess_exec("/bin/true")
     finally:
@@ -244,8 +245,8 @@ async def test_program_that_cannot_be_watched_is_ended_by_pidfd_alone(
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(12, "no memory")
 
-    monkeypatch.setattr(_births, "observe_birth", fail)
-    monkeypatch.setattr("aiopidfd._subprocess.observe_birth", fail)
+    monkeypatch.setattr(births, "observe_birth", fail)
+    monkeypatch.setattr("aiopidfd._programs.transport.observe_birth", fail)
     with pytest.raises(OSError, match="no memory"):
         await asyncio.create_subprocess_exec("/bin/sleep", "1000", **keywords)
     assert signalled_by_pid == []
@@ -265,8 +266,8 @@ async def test_program_that_was_reaped_by_others_and_cannot_be_watched_is_not_si
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(12, "no memory")
 
-    monkeypatch.setattr("aiopidfd._subprocess.observe_birth", steal)
-    monkeypatch.setattr(_births, "observe_birth", fail)
+    monkeypatch.setattr("aiopidfd._programs.transport.observe_birth", steal)
+    monkeypatch.setattr(births, "observe_birth", fail)
     with pytest.raises(OSError, match="no memory"):
         await asyncio.create_subprocess_exec("/bin/true", **keywords)
     assert signalled_by_pid == []

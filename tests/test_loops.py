@@ -113,7 +113,7 @@ ECHO = """
             process = await asyncio.create_subprocess_shell("cat; exit 3", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             print(type(process._transport).__module__, *(await process.communicate(b"x")), process.returncode)
 """
-OURS = "aiopidfd._subprocess b'x' None 3"
+OURS = "aiopidfd._programs.transport b'x' None 3"
 
 
 @needs_uvloop

@@ -19,7 +19,7 @@ LOOPS = ["SelectorEventLoop", pytest.param("UvloopEventLoop", marks=needs_uvloop
 
 PROGRAM = """
 import asyncio, errno, os, subprocess, sys, textwrap, aiopidfd
-from aiopidfd import _spawn
+from aiopidfd._programs import spawn
 PIPE = subprocess.PIPE
 async def main():
 {body}
@@ -77,7 +77,7 @@ for pass_fds in ((), keep):
     output, _ = await process.communicate()
     assert process.returncode == 0
     print([int(fd) for fd in output.split()] == list(pass_fds))
-print("in C" if _spawn._clone_errno == 0 else "by Popen")
+print("in C" if spawn._clone_errno == 0 else "by Popen")
 '''
 
 

@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 
-from aiopidfd import _spawn
-from aiopidfd._popen import is_plain
+from aiopidfd._programs import spawn
+from aiopidfd._programs.popen import is_plain
 
 from .conftest import open_descriptors
 from .subprocesses import (
@@ -169,7 +169,7 @@ async def test_nothing_stands_in_for_popen_by_itself(backend: str) -> None:
     popen = process._transport.get_extra_info("subprocess")  # type: ignore[attr-defined] # there is no public way
     assert isinstance(popen, subprocess.Popen)
     if backend == "pidfd":
-        assert type(popen) is _spawn._Process
+        assert type(popen) is spawn._Process
     await process.wait()
 
 
@@ -244,8 +244,8 @@ async def main():
     await process.communicate()
     print(process.returncode, len(seen), isinstance(process._transport.get_extra_info("subprocess"), real))
 aiopidfd.run(main(), loop_factory=aiopidfd.SelectorEventLoop)
-from aiopidfd import _spawn
-print("in C" if _spawn._clone_errno == 0 else "by Popen")
+from aiopidfd._programs import spawn
+print("in C" if spawn._clone_errno == 0 else "by Popen")
 """
 
 BEFORE_IMPORT = {

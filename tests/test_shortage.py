@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import _births, _subprocess
+from aiopidfd._programs import births, transport
 
 from . import conftest
 from .children import few_descriptors
@@ -117,14 +117,14 @@ async def test_many_programs_at_once_without_a_descriptor_keep_their_returncodes
 async def test_returncode_that_a_thief_takes_without_a_descriptor_is_255(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    observe = _births.observe_birth
+    observe = births.observe_birth
 
     def steal(registry: Any, birth: Any, observer: Any) -> Any:
         os.waitpid(birth.pid, 0)
         return observe(registry, birth, observer)
 
     await (await start("/bin/true")).wait()
-    monkeypatch.setattr(_subprocess, "observe_birth", steal)
+    monkeypatch.setattr(transport, "observe_birth", steal)
     with few_descriptors(0):
         process = await start("/bin/true")
         assert await process.wait() == 255

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _subprocess
-from aiopidfd._subprocess import SubprocessTransport
+from aiopidfd._programs import transport as transports
+from aiopidfd._programs.transport import SubprocessTransport
 from aiopidfd._watch.registry import Registry
 
 from .conftest import LoopFactory, open_descriptors, run_on
@@ -84,7 +84,7 @@ async def test_pipe_that_cannot_be_connected_ends_the_process(
     def fail(*args: Any) -> None:
         raise OSError(errno.EIO, "pipe")
 
-    monkeypatch.setattr(_subprocess, transport, fail)
+    monkeypatch.setattr(transports, transport, fail)
     before = open_descriptors()
     with pytest.raises(OSError, match="pipe"):
         await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE, stderr=PIPE)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import aiopidfd
-from aiopidfd import _spawn
+from aiopidfd._programs import spawn
 
 from .children import DEADLY
 from .conftest import LoopFactory
@@ -146,7 +146,7 @@ def main() -> int:
     counts["descriptors left"] = len(set(os.listdir("/proc/self/fd")) - before)
     for name in ("programs", "hung", "wrong", "wrong descriptors", "descriptors left"):
         print(f"{name} {counts[name]}")
-    print(f"{time.monotonic() - started:.1f} s, started {'in C' if _spawn._clone_errno == 0 else 'by Popen'}")
+    print(f"{time.monotonic() - started:.1f} s, started {'in C' if spawn._clone_errno == 0 else 'by Popen'}")
     for failure in failures:
         print(f"{type(failure).__name__}: {failure}")
     return 1 if failures or any(counts[name] for name in counts if name != "programs") else 0

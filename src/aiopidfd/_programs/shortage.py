@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ._backends.backend import logger
-from ._watch.birth import Birth
-from ._watch.registry import Registry
+from .._backends.backend import logger
+from .._watch.birth import Birth
+from .._watch.registry import Registry
 
 # Three pipes have six ends, and subprocess.Popen makes one more for errors.
 _ENOUGH = 8

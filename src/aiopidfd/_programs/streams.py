@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from io import FileIO
 from typing import Any, Final
 
-from ._pipes import PipeEnd
+from .pipes import PipeEnd
 
 
 class NeedsPopen(Exception):

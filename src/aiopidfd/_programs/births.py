@@ -7,12 +7,12 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from ._backends.backend import choose, logger
-from ._kernel import syscalls
-from ._kernel.exit_status import ExitStatus
-from ._watch.birth import Birth, by, kill_unreaped, make_birth
-from ._watch.child import Child, Observer
-from ._watch.registry import Registry
+from .._backends.backend import choose, logger
+from .._kernel import syscalls
+from .._kernel.exit_status import ExitStatus
+from .._watch.birth import Birth, by, kill_unreaped, make_birth
+from .._watch.child import Child, Observer
+from .._watch.registry import Registry
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -42,7 +42,7 @@ def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child
         else:
             child = registry.observe(pid, birth, observer, pidfd=birth.pidfd, new=is_new)
     if popen is not None:
-        popen._child_created = False  # type: ignore[attr-defined] # as in _spawn._Process
+        popen._child_created = False  # type: ignore[attr-defined] # as in spawn._Process
     return child
 
 

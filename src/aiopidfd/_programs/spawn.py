@@ -10,11 +10,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._backends.backend import logger
-from ._kernel import syscalls
-from ._popen import PythonsPopen, is_plain, popen
-from ._streams import INHERITED, NeedsPopen, Streams, descriptor
-from ._watch.birth import Birth
+from .._backends.backend import logger
+from .._kernel import syscalls
+from .._watch.birth import Birth
+from .popen import PythonsPopen, is_plain, popen
+from .streams import INHERITED, NeedsPopen, Streams, descriptor
 
 # The rest is Popen's: what a child in its parent's memory cannot do (preexec_fn; user and groups, whose libc calls take
 # locks), and what is rare. So is anything in a call that is not plainly right: Popen does it, or refuses it in its words.

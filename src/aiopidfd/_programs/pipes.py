@@ -7,7 +7,7 @@ import os
 from io import FileIO
 from typing import Any, Protocol
 
-from ._watch.loop_link import add_reader, add_writer
+from .._watch.loop_link import add_reader, add_writer
 
 # Both are asyncio.Transport, whose methods raise NotImplementedError: so what only the other direction has raises it, as on
 # uvloop's pipes.

@@ -14,8 +14,8 @@ from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
-from ._streams import NeedsPopen, Streams
-from ._watch.birth import Birth
+from .._watch.birth import Birth
+from .streams import NeedsPopen, Streams
 
 
 def _find_popen() -> type[Any]:

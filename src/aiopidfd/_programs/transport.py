@@ -11,20 +11,20 @@ from contextvars import copy_context
 from io import FileIO
 from typing import Any
 
-from ._backends.backend import logger
-from ._backends.lost_status import warn_lost
-from ._backends.orphans import ENDED
-from ._births import expect_birth, kill, observe_birth, undo_birth
-from ._kernel.exit_status import ExitStatus
-from ._kernel.syscalls import OUT_OF_DESCRIPTORS
-from ._pipes import ReadPipeTransport, WritePipeTransport, take_over
-from ._shortage import free_descriptors
-from ._spawn import start
-from ._watch.birth import Birth
-from ._watch.child import Child
-from ._watch.loop_link import can_nest
-from ._watch.registries import registry_of
-from ._watch.registry import Registry
+from .._backends.backend import logger
+from .._backends.lost_status import warn_lost
+from .._backends.orphans import ENDED
+from .._kernel.exit_status import ExitStatus
+from .._kernel.syscalls import OUT_OF_DESCRIPTORS
+from .._watch.birth import Birth
+from .._watch.child import Child
+from .._watch.loop_link import can_nest
+from .._watch.registries import registry_of
+from .._watch.registry import Registry
+from .births import expect_birth, kill, observe_birth, undo_birth
+from .pipes import ReadPipeTransport, WritePipeTransport, take_over
+from .shortage import free_descriptors
+from .spawn import start
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
 Transported = tuple["SubprocessTransport", asyncio.SubprocessProtocol]
