@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import _policy
+from aiopidfd._loops import policy
 
 from .children import undebugged_environment
 
@@ -91,7 +91,7 @@ def test_python_without_policies_gets_a_sentence_that_says_what_helps(monkeypatc
                 raise AttributeError(name)
             return getattr(asyncio, name)
 
-    monkeypatch.setattr(_policy, "asyncio", Without())
+    monkeypatch.setattr(policy, "asyncio", Without())
     monkeypatch.delitem(vars(aiopidfd), "EventLoopPolicy", raising=False)
     with pytest.raises(ImportError, match=r"Python 3\.16 has removed: use aiopidfd\.run"):
         _ = aiopidfd.EventLoopPolicy

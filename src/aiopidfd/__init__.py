@@ -10,10 +10,10 @@ from ._child import notify_ready
 from ._fork import ChildStartError, afork
 from ._forkserver import ForkServer
 from ._kernel.exit_status import ExitStatus
-from ._loops import SelectorEventLoop, make_uvloop_class, run
-from ._policy import make_policy_class
+from ._loops.loops import SelectorEventLoop, make_uvloop_class, run
+from ._loops.policy import make_policy_class
+from ._loops.watcher import PidfdWatcher, wait
 from ._process import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
-from ._watcher import PidfdWatcher, wait
 
 __all__ = [
     "AbstractChildProcess",

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ._backends.backend import Choice, check_choice, require
-from ._kernel.exit_status import ExitStatus
-from ._plug import plug, unplug
-from ._watch.registries import find_registries, registry_of
-from ._watch.registry import Registry
+from .._backends.backend import Choice, check_choice, require
+from .._kernel.exit_status import ExitStatus
+from .._watch.registries import find_registries, registry_of
+from .._watch.registry import Registry
+from .plug import plug, unplug
 
 
 def _watcher_base() -> type:

@@ -7,8 +7,8 @@ import threading
 import warnings
 from typing import Any
 
-from ._loops import LoopFactory, best_loop_factory
-from ._watcher import PidfdWatcher
+from .loops import LoopFactory, best_loop_factory
+from .watcher import PidfdWatcher
 
 
 def make_policy_class() -> type[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ._plug import Plugged
+from .plug import Plugged
 
 _T = TypeVar("_T")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
