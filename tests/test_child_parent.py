@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import _child, afork, wait
+from aiopidfd import afork, wait
+from aiopidfd._fork import child as child_life
 from aiopidfd._kernel import syscalls
 
 from .workers import fork_server, wait_for_signal
@@ -62,7 +63,7 @@ def _outlive_parent(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
             os.sched_yield()
         return set_pdeathsig(*args)
 
-    monkeypatch.setattr(_child, "set_pdeathsig", set_late)
+    monkeypatch.setattr(child_life, "set_pdeathsig", set_late)
 
 
 async def test_pdeathsig_of_a_parent_that_has_died_since_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:

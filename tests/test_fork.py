@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import ChildStartError, _fork, afork, notify_ready
+from aiopidfd import ChildStartError, afork, notify_ready
+from aiopidfd._fork import afork as forking
 from aiopidfd._kernel.threads import count_threads
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
@@ -61,7 +62,7 @@ async def test_child_killed_by_a_signal_before_it_is_ready() -> None:
 
 
 async def test_child_that_gives_up_its_readiness_but_lives_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fork, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(forking, "_SILENCE_S", 0.05)
 
     def exec_away() -> None:
         os.execv("/bin/sleep", ["sleep", "60"])
@@ -149,7 +150,7 @@ async def test_child_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyP
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Registry, "let_out", lambda *args: False)  # what it does not do, the slow way is there for
-    monkeypatch.setattr(_fork, "watch_expected", fail)
+    monkeypatch.setattr(forking, "watch_expected", fail)
     with pytest.raises(OSError, match=os.strerror(code)):
         await afork(wait_for_signal)
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import AbstractChildProcess, _child, _fork, afork
+from aiopidfd import AbstractChildProcess, afork
+from aiopidfd._fork import child as child_life
+from aiopidfd._fork.afork import clone, start_child
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
 
@@ -28,7 +30,7 @@ class Stop(Exception):
 
 
 def _last_line() -> int:
-    lines, first = inspect.getsourcelines(_fork.start_child)
+    lines, first = inspect.getsourcelines(start_child)
     return first + next(i for i, line in enumerate(lines) if line.strip() == "return child")
 
 
@@ -63,7 +65,7 @@ class Interrupter:
 
     def _trace_one(self, frame: FrameType, event: str, _: object) -> Any:
         # What the caller gets it must store itself.
-        self._returned |= frame.f_code is _fork.start_child.__code__ and frame.f_lineno == self._last_line
+        self._returned |= frame.f_code is start_child.__code__ and frame.f_lineno == self._last_line
         if event == "opcode" and os.getpid() == self._pid and not self._returned and self._is_started(frame):
             self.missing -= 1
             if self.missing == 0:
@@ -73,7 +75,7 @@ class Interrupter:
 
     def _is_started(self, frame: FrameType | None) -> bool:
         while frame is not None:
-            if frame.f_code is _fork.start_child.__code__:
+            if frame.f_code is start_child.__code__:
                 return True
             frame = frame.f_back
         return False
@@ -111,7 +113,7 @@ async def test_interrupt_at_any_bytecode_of_a_fork_by_clone_leaves_nothing(
     pidfds: None, one_thread: None, locks_to_lose: None
 ) -> None:
     loop = asyncio.get_running_loop()
-    await _interrupt_each(lambda: _fork.start_child(loop, wait_for_signal, _child.Options(), _fork.clone))
+    await _interrupt_each(lambda: start_child(loop, wait_for_signal, child_life.Options(), clone))
 
 
 async def test_interrupt_of_the_cleaning_up_of_an_interrupt_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +160,7 @@ def _break_ends(error: type[BaseException]) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    vars(_child)["finish"] = vars(os)["_exit"] = fail  # in a child: there is nothing to be put back
+    vars(child_life)["finish"] = vars(os)["_exit"] = fail  # in a child: there is nothing to be put back
 
 
 ERRORS = [Stop, KeyboardInterrupt, SystemExit]
@@ -196,7 +198,7 @@ async def test_child_that_forks_as_it_ends_does_not_hand_on_its_exit_code() -> N
 
         async def fork_broken() -> int:
             def broken() -> None:
-                vars(_child)["set_exit_code"] = _fail
+                vars(child_life)["set_exit_code"] = _fail
 
             return await (await afork(broken)).wait()
 

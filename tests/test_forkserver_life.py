@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import AbstractChildProcess, ChildStartError, ForkServer, PosixChildProcess, _fork, _pickling
+from aiopidfd import AbstractChildProcess, ChildStartError, ForkServer, PosixChildProcess, _pickling
 from aiopidfd._backends.backend import probe_pidfd
+from aiopidfd._fork import afork
 from aiopidfd._kernel import syscalls
 
 from .children import undebugged_environment
@@ -360,7 +361,7 @@ async def test_where_clone_is_refused_there_is_a_clear_error_or_the_fallback(
         raise syscalls.error(code, "clone(CLONE_PIDFD)")
 
     if where == "parent":
-        monkeypatch.setattr(_fork, "clone", refuse)
+        monkeypatch.setattr(afork, "clone", refuse)
     else:
         monkeypatch.setattr(syscalls, "fork_sibling", refuse)
     before = children()
@@ -383,7 +384,7 @@ async def test_clone_that_fails_for_the_moment_is_no_reason_to_fall_back(
     def fail(*args: Any) -> Any:
         raise syscalls.error(code, "clone")
 
-    monkeypatch.setattr(_fork, "clone", fail)
+    monkeypatch.setattr(afork, "clone", fail)
     with pytest.raises(OSError, match="clone") as caught:
         async with ForkServer(fallback=True):
             pass

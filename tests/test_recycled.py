@@ -13,9 +13,9 @@ import pytest
 
 from aiopidfd import ExitStatus, PidfdChildProcess, PidfdWatcher, PosixChildProcess, wait
 from aiopidfd._backends.backend import Choice
+from aiopidfd._fork.handle import watch_forked
 from aiopidfd._kernel.identity import inode_of
 from aiopidfd._kernel.syscalls import can_recover_exit
-from aiopidfd._process import watch_forked
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
 from tests.children import Held, one_held

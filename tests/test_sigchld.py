@@ -20,10 +20,10 @@ import pytest
 
 from aiopidfd import PidfdWatcher, afork, wait
 from aiopidfd._backends import backend, sigchld_backend
+from aiopidfd._fork.handle import PosixChildProcess
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.exit_status import ExitStatus
 from aiopidfd._kernel.syscalls import describe_sigchld
-from aiopidfd._process import PosixChildProcess
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
 

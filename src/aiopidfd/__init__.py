@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._backends.features import Features, features
-from ._child import notify_ready
-from ._fork import ChildStartError, afork
+from ._fork.afork import ChildStartError, afork
+from ._fork.child import notify_ready
+from ._fork.handle import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
 from ._forkserver import ForkServer
 from ._kernel.exit_status import ExitStatus
 from ._loops.loops import SelectorEventLoop, make_uvloop_class, run
 from ._loops.policy import make_policy_class
 from ._loops.watcher import PidfdWatcher, wait
-from ._process import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
 
 __all__ = [
     "AbstractChildProcess",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ._backends.features import Features, features
-from ._fork import ChildStartError
+from ._fork.afork import ChildStartError
 
 _DEMO = """\
 Run an HTTP server on 127.0.0.1 whose 4 workers are made by afork(), on uvloop if it is

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from contextvars import Context
 from types import TracebackType
 
-from . import _fork
 from ._backends.backend import choose, probe_pidfd
-from ._child import Options, Ready
-from ._fork import ChildStartError, afork
+from ._fork.afork import ChildStartError, afork, check_arguments, end_unready, kill
+from ._fork.child import Options, Ready
+from ._fork.handle import AbstractChildProcess
 from ._forkserver_launch import ForkServerFeatures, StartMethod, describe_fallback, launch
 from ._forkserver_link import Link
 from ._forkserver_main import MAX_FDS
@@ -22,7 +22,6 @@ from ._forkserver_request import Request
 from ._kernel import syscalls
 from ._kernel.exit_status import ExitStatus
 from ._pickling import pickle_call
-from ._process import AbstractChildProcess
 from ._watch.child import Child
 from ._watch.registries import registry_of
 
@@ -171,7 +170,7 @@ class ForkServer:
         because it was stopped, that is left for when it goes on.
         """
         options = Options(ready, start_new_session, process_group, pdeathsig)
-        _fork.check_arguments(child_func, options)
+        check_arguments(child_func, options)
         fds = _check_fds(pass_fds)
         loop = asyncio.get_running_loop()
         self._check_usable(loop)
@@ -210,9 +209,9 @@ class ForkServer:
             try:
                 await asyncio.wait([server._end.future], timeout=grace)
             finally:
-                _fork.kill(server)
+                kill(server)
                 link.lose(reason)
-            await _fork.end_unready(server)
+            await end_unready(server)
             await link.drop_spare()
         if stop_workers and self._loop is not None:
             await self._stop_workers(self._loop, grace)
@@ -288,7 +287,7 @@ async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
         failure = await _hear_greeting(server, link)
     finally:
         if failure is not None:
-            await _fork.end_unready(server)
+            await end_unready(server)
             await link.drop_spare()
     if failure is None or (isinstance(failure, OSError) and failure.errno in _REFUSED):
         return failure

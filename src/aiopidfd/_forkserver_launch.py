@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import _fork
-from ._child import Options
+from ._fork import afork
+from ._fork.child import Options
+from ._fork.handle import AbstractChildProcess, watch_forked
 from ._forkserver_main import serve
 from ._kernel import syscalls
 from ._kernel.inherited import Snapshot, replace_inherited
 from ._kernel.threads import count_threads
-from ._process import AbstractChildProcess, watch_forked
 from ._watch.registry import Registry
 from ._watch.start_gate import Gate
 
@@ -68,7 +68,7 @@ async def launch(
     Raises OSError: as fork(2), clone(2) or posix_spawn(3).
     """
     ours, theirs = map(_clear_of_streams, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    _fork.keep_from_children(ours)
+    afork.keep_from_children(ours)
     try:
         with theirs:
             if method == "spawn":
@@ -78,7 +78,7 @@ async def launch(
                 features = _choose_fork()
                 server = await _fork_server(loop, theirs, preload, features, stacklevel=stacklevel)
     except BaseException:
-        _fork.forget_gate(ours)
+        afork.forget_gate(ours)
         ours.close()
         raise
     return server, ours, features
@@ -112,7 +112,7 @@ async def _fork_server(
 ) -> AbstractChildProcess:
     inherited: list[int] | BaseException = []
 
-    how = _fork.fork if features.made_by == "os.fork" else _fork.clone
+    how = afork.fork if features.made_by == "os.fork" else afork.clone
 
     def fork(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
         snapshot = Snapshot()
@@ -138,8 +138,8 @@ async def _fork_server(
         serve(wire, [name for name in preload if name != "__main__"])
 
     if features.made_by == "os.fork":
-        _fork.warn_of_threads(stacklevel)
-    return await _fork.start_child(loop, live, Options(), fork)
+        afork.warn_of_threads(stacklevel)
+    return await afork.start_child(loop, live, Options(), fork)
 
 
 def _spawn(wire: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:

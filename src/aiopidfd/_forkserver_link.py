@@ -9,12 +9,12 @@ import socket
 import weakref
 from collections import deque
 
-from . import _fork
 from ._backends.sigchld_backend import settle_abandoned
+from ._fork import afork
+from ._fork.handle import AbstractChildProcess
 from ._forkserver_end import LastResort
 from ._forkserver_main import REPLY
 from ._forkserver_request import Request
-from ._process import AbstractChildProcess
 from ._watch.loop_link import LoopLink
 
 # How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
@@ -177,7 +177,7 @@ class Link:
         self._last_resort.end()
 
     def _close_wire(self) -> None:
-        _fork.forget_gate(self._wire)
+        afork.forget_gate(self._wire)
         self._wire.close()
 
     def lose(self, reason: OSError) -> None:

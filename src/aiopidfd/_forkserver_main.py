@@ -31,9 +31,9 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final, NamedTuple
 
-from . import _child, _child_exit, _fork
-from ._child import Options
-from ._child_signals import reset_signals
+from ._fork import afork, child, child_exit
+from ._fork.child import Options
+from ._fork.child_signals import reset_signals
 from ._kernel import inherited, syscalls, threads
 
 REQUEST: Final = struct.Struct("=Q")  # number
@@ -91,7 +91,7 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
     # workers would share an epoll with one another. One that a fork hook makes in a worker is its own.
     reset_signals()
     syscalls.detach_all_epolls(server.wire.fileno())
-    _child_exit.flush_streams()
+    child_exit.flush_streams()
     server.wire.send(REPLY.pack(0, 0, 0))
     return True
 
@@ -114,8 +114,8 @@ def _serve_one(server: Server) -> bool:
 
 def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
     """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
-    live = functools.partial(_child.run_to_end, functools.partial(_start, server, fds))
-    _child_exit.note_inherited()
+    live = functools.partial(child.run_to_end, functools.partial(_start, server, fds))
+    child_exit.note_inherited()
     try:
         pid, pidfd = syscalls.fork_sibling(live, server.mask)
     except OSError as exc:
@@ -144,7 +144,7 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
 def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], object]:
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
     os.close(server.wire.detach())
-    _child_exit.begin()  # while it waits for its order
+    child_exit.begin()  # while it waits for its order
     os.set_inheritable(fds[0], False)  # socket.recv_fds may not have heeded its flags
     gate = _Gate(fds[0])
     manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
@@ -156,7 +156,7 @@ def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], ob
         if numbers:
             gate.fd = _move_out_of(numbers, gate.fd)
             _renumber(fds[1:], numbers)
-        _child.settle(options, gate.fd, mask)
+        child.settle(options, gate.fd, mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
         _tell_failure(gate.fd)
@@ -167,7 +167,7 @@ def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], ob
     _write(gate.fd, STARTED)
     gate.read(len(GO))
     if not manual:
-        os.close(_child.take_ready_fd())
+        os.close(child.take_ready_fd())
     return functools.partial(copy_context().run, _run, child_func, args)
 
 
@@ -203,11 +203,11 @@ class _Gate:
 def _run(child_func: Callable[..., object], args: Sequence[object]) -> int:
     """Call `child_func`; while the parent waits for readiness, it is the parent that is told of an exception."""
     try:
-        return _child.exit_code(child_func(*args))
+        return child.exit_code(child_func(*args))
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:
-        gate = _child.take_ready_fd()
+        gate = child.take_ready_fd()
         if gate < 0:
             raise
         _tell_failure(gate)
@@ -253,7 +253,7 @@ def _write(gate: int, data: bytes) -> None:
 def main(wire: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
     """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
     inherited.close_inherited(wire)
-    _fork.hook_forks()
+    afork.hook_forks()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
         end.set_inheritable(False)
         if main_module:

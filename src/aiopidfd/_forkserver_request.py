@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Union
 
-from . import _fork
-from ._child import Options
+from ._fork import afork
+from ._fork.child import Options
+from ._fork.handle import AbstractChildProcess, watch_forked
 from ._forkserver_end import LastResort
 from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
 from ._kernel import syscalls
-from ._process import AbstractChildProcess, watch_forked
 from ._watch.loop_link import add_reader, add_writer
 from ._watch.start_gate import READY
 
@@ -87,12 +87,12 @@ class Request:
         """Send it. OSError: EMFILE, ENFILE, EBADF among them; nothing was sent."""
         gate, worker_gate = socket.socketpair()
         gate.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        _fork.keep_from_children(gate)
+        afork.keep_from_children(gate)
         with worker_gate:
             try:
                 socket.send_fds(wire, [REQUEST.pack(number)], [worker_gate.fileno(), *self._pass_fds])
             except BaseException:
-                _fork.forget_gate(gate)
+                afork.forget_gate(gate)
                 gate.close()
                 raise
         gate.setblocking(False)
@@ -188,7 +188,7 @@ class Request:
         if isinstance(worker, AbstractChildProcess):
             worker.detach()  # until somebody else has its handle
             if self._abandoned:
-                _fork.kill(worker)
+                afork.kill(worker)
             elif self._options is None:
                 self._last_resort = LastResort(worker)
         if self._options is not None:
@@ -240,7 +240,7 @@ class Request:
         worker = await asyncio.shield(self.outcome)
         if not isinstance(worker, AbstractChildProcess):
             raise OSError(worker.errno, worker.strerror)  # a new one: many requests may share the server's end
-        await _fork.await_ready(worker, self.ready, f"worker process {worker.pid}", self._explain)
+        await afork.await_ready(worker, self.ready, f"worker process {worker.pid}", self._explain)
         return worker
 
     def _explain(self) -> str:
@@ -254,7 +254,7 @@ class Request:
             worker = self.outcome.result()
             if isinstance(worker, AbstractChildProcess):
                 worker.detach()
-                _fork.kill(worker)
+                afork.kill(worker)
         elif self._gate is None:
             self.settle(OSError(errno.ECANCELED, "cancelled"))
         elif self._options is None:
@@ -271,7 +271,7 @@ class Request:
         if self.outcome.done():
             worker = self.outcome.result()
             if isinstance(worker, AbstractChildProcess):
-                await _fork.end_unready(worker)
+                await afork.end_unready(worker)
         # else the server is stopped, or starved. If it ever goes on, `bind` ends the worker, and the registry reaps it.
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ class Request:
                 self._loop.remove_reader(gate.fileno())
                 if self._is_writer:
                     self._loop.remove_writer(gate.fileno())
-            _fork.forget_gate(gate)
+            afork.forget_gate(gate)
             gate.close()
 
     def _give_up_last_resort(self) -> None:
@@ -323,5 +323,5 @@ def _bind_worker(loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, code: in
     except (ProcessLookupError, ChildProcessError) as exc:  # killed and reaped while we knew no more than its pid
         return exc
     except OSError as exc:
-        _fork.end_unwatched(pid, pidfd)
+        afork.end_unwatched(pid, pidfd)
         return exc

@@ -10,13 +10,13 @@ import warnings
 from abc import ABC, abstractmethod
 from types import TracebackType
 
-from ._backends.backend import Choice, logger
-from ._kernel import syscalls
-from ._kernel.exit_status import ExitStatus
-from ._loops.watcher import check_pid
-from ._watch.child import Child
-from ._watch.registries import registry_of
-from ._watch.registry import Registry
+from .._backends.backend import Choice, logger
+from .._kernel import syscalls
+from .._kernel.exit_status import ExitStatus
+from .._loops.watcher import check_pid
+from .._watch.child import Child
+from .._watch.registries import registry_of
+from .._watch.registry import Registry
 
 # What asks a process to end. One that does not, and is then killed, was hanging.
 _REQUESTS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})

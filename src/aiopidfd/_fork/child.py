@@ -18,11 +18,11 @@ from contextvars import Context
 from functools import partial
 from typing import Literal, NamedTuple
 
-from ._child_exit import begin, finish, flush_streams, print_exception
-from ._child_loop import forget_current_loop
-from ._child_signals import reset_signals
-from ._kernel.syscalls import detach_epolls, is_ready_fd, note_ready_fd, set_exit_code, set_pdeathsig, set_signal_mask
-from ._watch.start_gate import READY
+from .._kernel.syscalls import detach_epolls, is_ready_fd, note_ready_fd, set_exit_code, set_pdeathsig, set_signal_mask
+from .._watch.start_gate import READY
+from .child_exit import begin, finish, flush_streams, print_exception
+from .child_loop import forget_current_loop
+from .child_signals import reset_signals
 
 Ready = Literal["auto", "manual"]
 

@@ -22,7 +22,7 @@ from _signal import (  # type: ignore[import-not-found] # not in typeshed
 from _signal import signal as _set_handler
 from os import getpid, kill
 
-from ._kernel.syscalls import caught_signals, is_handler_of_loop, is_ignored, keep_handler, put_back_handler
+from .._kernel.syscalls import caught_signals, is_handler_of_loop, is_ignored, keep_handler, put_back_handler
 
 _SIGINT_BIT = 1 << signal.SIGINT - 1
 _IGNORED_BY_DEFAULT = frozenset({signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT})

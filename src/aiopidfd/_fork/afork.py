@@ -16,15 +16,14 @@ from functools import partial
 from types import FunctionType
 from typing import TypeVar, cast
 
-from . import _child
-from ._child import Options, Ready
-from ._child_exit import flush_streams, note_inherited
-from ._kernel import proc, syscalls, threads
-from ._kernel.exit_status import ExitStatus
-from ._kernel.syscalls import reinit_fork_lock
-from ._process import AbstractChildProcess, End, expect_child, watch_expected
-from ._watch.registry import Registry
-from ._watch.start_gate import Gate
+from .._kernel import proc, syscalls, threads
+from .._kernel.exit_status import ExitStatus
+from .._kernel.syscalls import reinit_fork_lock
+from .._watch.registry import Registry
+from .._watch.start_gate import Gate
+from .child import Birth, Options, Ready, forget_readiness, run_to_end, start
+from .child_exit import flush_streams, note_inherited
+from .handle import AbstractChildProcess, End, expect_child, watch_expected
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
 Fork = Callable[[Registry, Gate, syscalls.Live], None]
@@ -102,7 +101,7 @@ async def start_child(
     gates, end = child._registry.gates, child._end
     gate = gates.make(loop)
     try:
-        child = _fork(child, gate, _child.Birth(child_func, options, loop, copy_context()), fork_)
+        child = _fork(child, gate, Birth(child_func, options, loop, copy_context()), fork_)
         if not await gate.said:
             await await_ready(child, gate.said, f"child process {child.pid}")
         end.future.remove_done_callback(gate.hear_end)
@@ -171,13 +170,13 @@ def hook_forks() -> None:
         _hooked = True
 
 
-def _fork(child: AbstractChildProcess, gate: Gate, birth: _child.Birth, fork_: Fork) -> AbstractChildProcess:
+def _fork(child: AbstractChildProcess, gate: Gate, birth: Birth, fork_: Fork) -> AbstractChildProcess:
     """Fork, and let the child out of its gate once it is watched. Return its handle, detached."""
     hook_forks()
     child._end.future.add_done_callback(gate.hear_end)
     note_inherited()
     flush_streams()  # else both of us would write what is buffered
-    fork_(child._registry, gate, partial(_child.run_to_end, partial(_child.start, birth)))
+    fork_(child._registry, gate, partial(run_to_end, partial(start, birth)))
     if not child._registry.let_out(child._child, gate):
         child = watch_expected(child, gate.struct.pid, gate.struct.pidfd)
         gate.is_watched = True
@@ -235,7 +234,7 @@ def _after_fork_in_child() -> None:
         for gate in _gates:
             gate.close()
         _gates.clear()
-    _child.forget_readiness()
+    forget_readiness()
 
 
 async def await_ready(

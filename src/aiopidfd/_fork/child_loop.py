@@ -11,7 +11,7 @@ import warnings
 from asyncio import events
 from typing import Any
 
-from ._loops.policy import make_policy_class
+from .._loops.policy import make_policy_class
 
 # Whose set_event_loop does no more than to set it, and to tell the child watcher.
 _PLAIN = frozenset({"asyncio.events", "asyncio.unix_events", make_policy_class.__module__})

@@ -1,0 +1,4 @@
+"""`afork`: a forked child that starts clean, is watched before it runs, and has a handle.
+
+It knows nothing of fork servers.
+"""
