@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 import aiopidfd
-from aiopidfd import ChildStartError, ForkServer, PidfdChildProcess, _forkserver_request
+from aiopidfd import ChildStartError, ForkServer, PidfdChildProcess
 from aiopidfd._fork import afork
+from aiopidfd._forkserver import request
 
 from .conftest import children
 from .test_child import bit
@@ -454,7 +455,7 @@ async def test_timeout_around_afork() -> None:
 
 
 async def test_cancellation_while_the_server_is_stopped_does_not_hang(pidfds: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_forkserver_request, "REPLY_S", 0.05)
+    monkeypatch.setattr(request, "REPLY_S", 0.05)
     async with ForkServer() as server:
         before = await others(server)
         assert server.pid is not None

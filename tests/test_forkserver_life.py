@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from aiopidfd import AbstractChildProcess, ChildStartError, ForkServer, PosixChildProcess, _pickling
+from aiopidfd import AbstractChildProcess, ChildStartError, ForkServer, PosixChildProcess
 from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._fork import afork
+from aiopidfd._forkserver import pickling
 from aiopidfd._kernel import syscalls
 
 from .children import undebugged_environment
@@ -286,8 +287,8 @@ def test_functions_of_the_main_module(tmp_path: Path, arguments: list[str], outp
 
 
 def test_main_is_found_only_where_it_is_looked_up() -> None:
-    assert not _pickling._refers_to_main(pickle.dumps(exit_with))
-    assert not _pickling._refers_to_main(pickle.dumps("in __main__ there is"))
+    assert not pickling._refers_to_main(pickle.dumps(exit_with))
+    assert not pickling._refers_to_main(pickle.dumps("in __main__ there is"))
 
 
 PARENT = """

@@ -9,7 +9,7 @@ from ._backends.features import Features, features
 from ._fork.afork import ChildStartError, afork
 from ._fork.child import notify_ready
 from ._fork.handle import AbstractChildProcess, PidfdChildProcess, PosixChildProcess
-from ._forkserver import ForkServer
+from ._forkserver.server import ForkServer
 from ._kernel.exit_status import ExitStatus
 from ._loops.loops import SelectorEventLoop, make_uvloop_class, run
 from ._loops.policy import make_policy_class

@@ -6,8 +6,8 @@ import contextlib
 import select
 import signal
 
-from ._fork.handle import AbstractChildProcess
-from ._kernel import syscalls
+from .._fork.handle import AbstractChildProcess
+from .._kernel import syscalls
 
 # How long a killed process may take to end. One that a debugger holds takes longer.
 _DEATH_MS = 1000

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ._fork import afork
-from ._fork.child import Options
-from ._fork.handle import AbstractChildProcess, watch_forked
-from ._forkserver_main import serve
-from ._kernel import syscalls
-from ._kernel.inherited import Snapshot, replace_inherited
-from ._kernel.threads import count_threads
-from ._watch.registry import Registry
-from ._watch.start_gate import Gate
+from .._fork import afork
+from .._fork.child import Options
+from .._fork.handle import AbstractChildProcess, watch_forked
+from .._kernel import syscalls
+from .._kernel.inherited import Snapshot, replace_inherited
+from .._kernel.threads import count_threads
+from .._watch.registry import Registry
+from .._watch.start_gate import Gate
+from .process import serve
 
 StartMethod = Literal["fork", "spawn"]
 MadeBy = Literal["clone", "os.fork", "spawn", "none"]

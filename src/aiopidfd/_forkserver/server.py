@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable
 from contextvars import Context
 from types import TracebackType
 
-from ._backends.backend import choose, probe_pidfd
-from ._fork.afork import ChildStartError, afork, check_arguments, end_unready, kill
-from ._fork.child import Options, Ready
-from ._fork.handle import AbstractChildProcess
-from ._forkserver_launch import ForkServerFeatures, StartMethod, describe_fallback, launch
-from ._forkserver_link import Link
-from ._forkserver_main import MAX_FDS
-from ._forkserver_request import Request
-from ._kernel import syscalls
-from ._kernel.exit_status import ExitStatus
-from ._pickling import pickle_call
-from ._watch.child import Child
-from ._watch.registries import registry_of
+from .._backends.backend import choose, probe_pidfd
+from .._fork.afork import ChildStartError, afork, check_arguments, end_unready, kill
+from .._fork.child import Options, Ready
+from .._fork.handle import AbstractChildProcess
+from .._kernel import syscalls
+from .._kernel.exit_status import ExitStatus
+from .._watch.child import Child
+from .._watch.registries import registry_of
+from .launch import ForkServerFeatures, StartMethod, describe_fallback, launch
+from .link import Link
+from .pickling import pickle_call
+from .process import MAX_FDS
+from .request import Request
 
 # clone(2) with CLONE_PIDFD and CLONE_PARENT cannot be had here, as against: not at the moment.
 _REFUSED = syscalls.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}

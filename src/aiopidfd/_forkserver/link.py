@@ -9,13 +9,13 @@ import socket
 import weakref
 from collections import deque
 
-from ._backends.sigchld_backend import settle_abandoned
-from ._fork import afork
-from ._fork.handle import AbstractChildProcess
-from ._forkserver_end import LastResort
-from ._forkserver_main import REPLY
-from ._forkserver_request import Request
-from ._watch.loop_link import LoopLink
+from .._backends.sigchld_backend import settle_abandoned
+from .._fork import afork
+from .._fork.handle import AbstractChildProcess
+from .._watch.loop_link import LoopLink
+from .end import LastResort
+from .process import REPLY
+from .request import Request
 
 # How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
 # with their replies, fit into the sockets' buffers, so that neither side ever waits for the other to read.

@@ -31,10 +31,10 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final, NamedTuple
 
-from ._fork import afork, child, child_exit
-from ._fork.child import Options
-from ._fork.child_signals import reset_signals
-from ._kernel import inherited, syscalls, threads
+from .._fork import afork, child, child_exit
+from .._fork.child import Options
+from .._fork.child_signals import reset_signals
+from .._kernel import inherited, syscalls, threads
 
 REQUEST: Final = struct.Struct("=Q")  # number
 REPLY: Final = struct.Struct("=Qii")  # number, pid or 0, errno

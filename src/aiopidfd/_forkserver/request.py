@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Union
 
-from ._fork import afork
-from ._fork.child import Options
-from ._fork.handle import AbstractChildProcess, watch_forked
-from ._forkserver_end import LastResort
-from ._forkserver_main import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
-from ._kernel import syscalls
-from ._watch.loop_link import add_reader, add_writer
-from ._watch.start_gate import READY
+from .._fork import afork
+from .._fork.child import Options
+from .._fork.handle import AbstractChildProcess, watch_forked
+from .._kernel import syscalls
+from .._watch.loop_link import add_reader, add_writer
+from .._watch.start_gate import READY
+from .end import LastResort
+from .process import FAILED, FAILURE, GO, REQUEST, STARTED, pack_order
 
 # How long a cancelled request waits for the server's word on whether there is a worker to be ended.
 REPLY_S = 1.0
