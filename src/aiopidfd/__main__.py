@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "demo":
             # Not before it is asked for: it imports uvloop.
-            from ._demo import run_demo  # noqa: PLC0415
+            from ._demo.server import run_demo  # noqa: PLC0415
 
             return run_demo(arguments.kills)
         print(format_features(features()), flush=True)

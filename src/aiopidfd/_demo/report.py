@@ -14,8 +14,8 @@ from typing import Final
 
 from aiopidfd import AbstractChildProcess
 
-from ._backends.features import features
-from ._demo_http import CLIENTS, FAILED, SERVED
+from .._backends.features import features
+from .http import CLIENTS, FAILED, SERVED
 
 _LINE: Final = "{:>6}  {:>8}  {:<7}  {:<11}  {:>9}  {:>11}  {:>12}"
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from aiopidfd import afork, run
 
-from ._demo_http import ANSWERED_NS, LAST_WORDS_NS, make_board, send_requests, work
-from ._demo_report import Life, Report
+from .http import ANSWERED_NS, LAST_WORDS_NS, make_board, send_requests, work
+from .report import Life, Report
 
 WORKERS: Final = 4
 KILL_EVERY_S: Final = 1.0
