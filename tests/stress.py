@@ -19,9 +19,9 @@ from aiopidfd import wait
 from aiopidfd._backends import backend
 
 from . import chaos
-from .children import DEADLY
 from .conftest import LoopFactory, _loop_factory
-from .seccomp import compile_c
+from .helpers.children import DEADLY
+from .helpers.seccomp import compile_c
 
 AT_A_TIME = 64
 NATIVE_AT_A_TIME = 4  # uvloop takes milliseconds for each

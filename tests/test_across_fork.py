@@ -18,7 +18,7 @@ from aiopidfd._kernel import syscalls
 from aiopidfd._watch import registries
 
 from .conftest import LoopFactory, run_on
-from .seccomp import compile_c
+from .helpers.seccomp import compile_c
 
 # Python 3.12+ warns of it, and it is what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

@@ -21,9 +21,9 @@ from aiopidfd import PidfdWatcher
 from aiopidfd._backends import orphans, sigchld_backend
 from aiopidfd._kernel import identity, syscalls
 from aiopidfd._watch import registries
-from tests.children import Held, few_descriptors, one_held
 from tests.conftest import BACKENDS, LoopFactory, children
-from tests.workers import wait_for_signal
+from tests.helpers.children import Held, few_descriptors, one_held
+from tests.helpers.workers import wait_for_signal
 
 
 def run(loop_factory: LoopFactory, function: Callable[[], Any]) -> Any:

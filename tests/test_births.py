@@ -24,7 +24,7 @@ from aiopidfd._watch.registry import Registry
 
 from . import conftest
 from .conftest import LoopFactory, children, open_descriptors
-from .subprocesses import (
+from .helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     assert_reaped,

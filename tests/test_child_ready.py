@@ -16,7 +16,7 @@ from aiopidfd._fork import afork as forking
 from aiopidfd._kernel import proc
 
 from .conftest import LoopFactory, run_on
-from .workers import fork_server
+from .helpers.workers import fork_server
 
 
 def _close_all_and_say(path: Path) -> None:

@@ -43,7 +43,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What is not about clone3."""
     sources = [path for path in (ROOT / "cffi_build").glob("*.c") if path.stem in {"pidfd", "reaper", "owned"}]
     sources += (ROOT / "cffi_build").glob("sigchld*.c")
-    return compile_objects(tmp_path_factory.mktemp("others"), [*sources, ROOT / "tests" / "spawner.c"], "-fPIC")
+    return compile_objects(tmp_path_factory.mktemp("others"), [*sources, ROOT / "tests" / "helpers" / "spawner.c"], "-fPIC")
 
 
 @pytest.mark.skipif(probe_pidfd() is not None, reason="there are no pidfds here")

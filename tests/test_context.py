@@ -14,8 +14,8 @@ import pytest
 
 import aiopidfd
 from aiopidfd import PidfdWatcher
-from tests.children import held, one_held
 from tests.conftest import LoopFactory
+from tests.helpers.children import held, one_held
 
 _user: ContextVar[User | None] = ContextVar("user", default=None)
 

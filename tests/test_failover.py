@@ -17,8 +17,8 @@ from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.reaper import Reaper
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
-from tests.children import held, one_held
 from tests.conftest import LoopFactory
+from tests.helpers.children import held, one_held
 from tests.test_context import plugged
 
 

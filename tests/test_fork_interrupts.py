@@ -22,7 +22,7 @@ from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
 
 from .conftest import children
-from .workers import exit_with, fork_server, wait_for_signal
+from .helpers.workers import exit_with, fork_server, wait_for_signal
 
 
 class Stop(Exception):

@@ -21,8 +21,7 @@ from aiopidfd._fork import afork
 from aiopidfd._forkserver import request
 
 from .conftest import children
-from .test_child import bit
-from .workers import (
+from .helpers.workers import (
     ask,
     exit_with,
     fork_server,
@@ -33,6 +32,7 @@ from .workers import (
     say_ready_after_read,
     wait_for_signal,
 )
+from .test_child import bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,9 +26,9 @@ from aiopidfd._fork import afork
 from aiopidfd._forkserver import pickling
 from aiopidfd._kernel import syscalls
 
-from .children import undebugged_environment
 from .conftest import children, run_on
-from .workers import ask, exit_with, fork_server, ignore_sigterm, kill_server, others, server_child, wait_for_signal
+from .helpers.children import undebugged_environment
+from .helpers.workers import ask, exit_with, fork_server, ignore_sigterm, kill_server, others, server_child, wait_for_signal
 
 needs_pidfds = pytest.mark.skipif(probe_pidfd() is not None, reason="pidfds are forbidden here, and so is a fork server")
 
@@ -230,7 +230,7 @@ async def test_dropped_server_warns_and_ends(pidfds: None) -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 async def test_modules_are_preloaded(pidfds: None, method: Any) -> None:
     sys.modules.pop("bench.forked", None)
-    async with ForkServer(preload=["tests.children", "bench.forked"], start_method=method) as server:
+    async with ForkServer(preload=["tests.helpers.children", "bench.forked"], start_method=method) as server:
         assert await ask(server, "bench")
 
 

@@ -20,8 +20,8 @@ import pytest
 import aiopidfd
 from aiopidfd._backends.backend import ENVIRONMENT
 
-from .children import session_members
 from .conftest import BACKENDS, LOOPS
+from .helpers.children import session_members
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 240  # for one server, from its start to its end; in an emulated machine it takes a minute

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from .conftest import LoopFactory, run_on
-from .subprocesses import (
+from .helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     plug,  # noqa: F401 - pytest looks for it in this module

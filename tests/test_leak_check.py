@@ -14,7 +14,7 @@ from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.reaper import Reaper
 
 from . import conftest
-from .children import one_held
+from .helpers.children import one_held
 
 _LEFT = """
 import ctypes, os

@@ -16,9 +16,9 @@ import pytest
 
 from aiopidfd import PidfdWatcher
 
-from .children import undebugged_environment
 from .conftest import LoopFactory
-from .subprocesses import (
+from .helpers.children import undebugged_environment
+from .helpers.subprocesses import (
     ANSWER,
     PIPE,
     answer,

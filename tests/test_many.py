@@ -18,7 +18,7 @@ import pytest
 from aiopidfd import PidfdWatcher
 
 from .conftest import LoopFactory, open_descriptors, run_on
-from .seccomp import compile_c
+from .helpers.seccomp import compile_c
 
 COUNT = 10_000
 SPARE = 300  # descriptors, and pids, that others need

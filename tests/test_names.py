@@ -14,7 +14,7 @@ import pytest
 import aiopidfd
 from aiopidfd._loops import policy
 
-from .children import undebugged_environment
+from .helpers.children import undebugged_environment
 
 ALWAYS = {"ForkServer", "PidfdWatcher", "SelectorEventLoop", "afork", "features", "run", "wait"}
 

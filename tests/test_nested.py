@@ -14,8 +14,8 @@ import pytest
 
 import aiopidfd
 from aiopidfd import PidfdWatcher
-from tests.children import Held, held, one_held
 from tests.conftest import BACKENDS
+from tests.helpers.children import Held, held, one_held
 
 
 class Ready(collections.deque[Any]):

@@ -17,7 +17,7 @@ from aiopidfd._programs import spawn
 from aiopidfd._programs.popen import is_plain
 
 from .conftest import open_descriptors
-from .subprocesses import (
+from .helpers.subprocesses import (
     PIPE,
     is_ours,
     plug,  # noqa: F401 - pytest looks for it in this module

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from .conftest import LoopFactory, run_on
-from .subprocesses import (
+from .helpers.subprocesses import (
     PIPE,
     Raiser,
     Recorder,

@@ -16,10 +16,10 @@ import pytest
 from aiopidfd._programs import births, transport
 
 from . import conftest
-from .children import few_descriptors
 from .conftest import LoopFactory, children, open_descriptors, run_on
-from .seccomp import NESTED, installing, python_under_filter
-from .subprocesses import (
+from .helpers.children import few_descriptors
+from .helpers.seccomp import NESTED, installing, python_under_filter
+from .helpers.subprocesses import (
     PIPE,
     plug,  # noqa: F401 - pytest looks for it in this module
     pytest_generate_tests,  # noqa: F401 - pytest looks for it in this module

@@ -11,7 +11,7 @@ import pytest
 from aiopidfd._kernel.syscalls import can_recover_exit
 
 from .conftest import BACKENDS, LOOPS
-from .seccomp import compile_c
+from .helpers.seccomp import compile_c
 
 pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here, and so is a start in C")
 

@@ -21,7 +21,7 @@ from aiopidfd._programs.transport import SubprocessTransport
 from aiopidfd._watch.registry import Registry
 
 from .conftest import LoopFactory, open_descriptors, run_on
-from .subprocesses import (
+from .helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     assert_reaped,

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 import aiopidfd
 from aiopidfd._programs import spawn
 
-from .children import DEADLY
 from .conftest import LoopFactory
-from .seccomp import compile_c
+from .helpers.children import DEADLY
+from .helpers.seccomp import compile_c
 
 AT_A_TIME = 8  # in each thread
 OTHERS_DESCRIPTORS = 254  # the program's exit code if it has a descriptor that it should not have, or lacks one

@@ -25,8 +25,8 @@ from aiopidfd import wait
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.threads import count_threads
 
-from ..children import held, one_held
-from ..seccomp import compile_c
+from ..helpers.children import held, one_held
+from ..helpers.seccomp import compile_c
 
 BACKENDS = ["pidfd"]  # for conftest: the other one rests on nothing of all this
 
@@ -66,7 +66,7 @@ def answer(call: Callable[[], object]) -> str:
 
 def clone3(flags: int = 0, exit_signal: int = signal.SIGCHLD) -> tuple[int, int]:
     """The pid and pidfd of a new child, which exits with 1 if SIGUSR1 has a handler in it."""
-    library = ctypes.CDLL(str(compile_c("kernels/since.c", "-shared", "-fPIC")))
+    library = ctypes.CDLL(str(compile_c("../kernels/since.c", "-shared", "-fPIC")))
     library.since_clone3.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     pidfd = ctypes.c_int(-1)
     pid = library.since_clone3(flags | CLONE_PIDFD, exit_signal, ctypes.byref(pidfd))
@@ -250,7 +250,7 @@ def keeps_child_without_signal() -> str:
 
 def sibling_has_signal_of_its_maker() -> str:
     """What a process without an exit signal makes by CLONE_PARENT has none either: a fork server's workers."""
-    made = ctypes.CDLL(str(compile_c("kernels/since.c", "-shared", "-fPIC"))).since_sibling()
+    made = ctypes.CDLL(str(compile_c("../kernels/since.c", "-shared", "-fPIC"))).since_sibling()
     assert made == 0, os.strerror(-made)
     hidden = answer(lambda: os.waitpid(-1, os.WNOHANG))
     os.waitpid(-1, 0x40000000)  # __WALL

@@ -17,9 +17,9 @@ import aiopidfd
 from aiopidfd import PidfdWatcher
 from aiopidfd._programs.transport import SubprocessTransport
 
-from . import conftest
+from .. import conftest
+from ..conftest import LoopFactory
 from .children import await_zombie
-from .conftest import LoopFactory
 
 try:
     import uvloop

@@ -19,7 +19,7 @@ from aiopidfd import (
     notify_ready,
 )
 
-from .conftest import children, open_descriptors
+from ..conftest import children, open_descriptors
 
 
 def wait_for_signal() -> None:

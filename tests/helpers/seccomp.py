@@ -3,7 +3,7 @@
 The rules are those of nopidfd.c, as in "pidfd_open=EPERM,waitid_pidfd=EPERM"; an errno is ENOSYS if it is not named.
 By hand, for the whole suite:
 
-    cc -o /tmp/nopidfd tests/nopidfd.c
+    cc -o /tmp/nopidfd tests/helpers/nopidfd.c
     /tmp/nopidfd pidfd_open,waitid_pidfd,pidfd_send_signal,clone3 python -m pytest
 """
 
