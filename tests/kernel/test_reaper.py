@@ -16,9 +16,9 @@ from aiopidfd._ext import lib
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.reaper import SOURCE_REAPED, Reaper
 
-from .conftest import BACKENDS, open_descriptors
-from .helpers.children import held, one_held, state_of, traced
-from .helpers.seccomp import python_under_filter
+from ..conftest import BACKENDS, open_descriptors
+from ..helpers.children import held, one_held, state_of, traced
+from ..helpers.seccomp import python_under_filter
 
 pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import BACKENDS, LOOPS
-from .helpers.children import undebugged_environment
+from ..conftest import BACKENDS, LOOPS
+from ..helpers.children import undebugged_environment
 
 CHILDREN = 200
 BATCH = 64
