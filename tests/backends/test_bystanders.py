@@ -24,9 +24,9 @@ from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
 
-from .conftest import LoopFactory, children, run_on
-from .helpers.children import Held, held, one_held
-from .helpers.seccomp import compile_c
+from ..conftest import LoopFactory, children, run_on
+from ..helpers.children import Held, held, one_held
+from ..helpers.seccomp import compile_c
 
 BACKENDS = ["sigchld"]  # for conftest
 

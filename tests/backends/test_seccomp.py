@@ -15,9 +15,9 @@ import pytest
 from aiopidfd import PidfdWatcher, wait
 from aiopidfd._backends.backend import ENVIRONMENT, probe_pidfd
 
-from .conftest import LoopFactory, open_descriptors, run_on
-from .helpers.children import one_held
-from .helpers.seccomp import NESTED, NO_PIDFDS, installing, python_under_filter, under_filter
+from ..conftest import LoopFactory, open_descriptors, run_on
+from ..helpers.children import one_held
+from ..helpers.seccomp import NESTED, NO_PIDFDS, installing, python_under_filter, under_filter
 
 BACKENDS = ["sigchld"]  # for conftest: each test chooses by itself
 

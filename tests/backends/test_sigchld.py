@@ -27,9 +27,9 @@ from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
 
-from .conftest import LoopFactory, run_on
-from .helpers.children import Held, Stranger, await_zombie, held, one_held
-from .helpers.seccomp import compile_c
+from ..conftest import LoopFactory, run_on
+from ..helpers.children import Held, Stranger, await_zombie, held, one_held
+from ..helpers.seccomp import compile_c
 
 try:
     import uvloop

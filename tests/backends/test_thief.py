@@ -27,9 +27,9 @@ from aiopidfd._kernel.syscalls import can_recover_exit, error
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
 
-from .conftest import BACKENDS, LoopFactory, children, run_on
-from .helpers.children import Held, Stranger, await_zombie, held, one_held, state_of, traced, undebugged_environment
-from .helpers.seccomp import compile_c, python_under_filter
+from ..conftest import BACKENDS, LoopFactory, children, run_on
+from ..helpers.children import Held, Stranger, await_zombie, held, one_held, state_of, traced, undebugged_environment
+from ..helpers.seccomp import compile_c, python_under_filter
 
 IGNORE, NOCLDWAIT, REAP_ALL = range(3)  # as in thief.c
 CULPRITS = {IGNORE: "SIGCHLD is ignored", NOCLDWAIT: "SA_NOCLDWAIT"}

@@ -8,7 +8,7 @@ import signal
 
 from aiopidfd._kernel import syscalls
 
-from .helpers.seccomp import compile_c
+from ..helpers.seccomp import compile_c
 
 
 def test_handler_leaves_errno_alone() -> None:
