@@ -11,8 +11,8 @@ from aiopidfd import PidfdWatcher
 from aiopidfd._kernel.reaper import Reaper
 from aiopidfd._watch.registries import registry_of
 
-from .conftest import BACKENDS as WORKING
-from .helpers.children import one_held
+from ..conftest import BACKENDS as WORKING
+from ..helpers.children import one_held
 
 BACKENDS = ["pidfd"]  # for conftest: the other one has no descriptors
 

@@ -24,9 +24,9 @@ from aiopidfd._kernel.proc import Sight, look_at
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._watch.registries import registry_of
 
-from .conftest import LoopFactory
-from .helpers.children import Stranger, one_held
-from .helpers.subprocesses import needs_root
+from ..conftest import LoopFactory
+from ..helpers.children import Stranger, one_held
+from ..helpers.subprocesses import needs_root
 
 FOUND_BY_CHECK_S = 20.0  # a second, but for a busy machine
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import BACKENDS, LOOPS
+from ..conftest import BACKENDS, LOOPS
 
 _PRELUDE = """
 import asyncio, os, signal, socket, subprocess, sys, time, warnings

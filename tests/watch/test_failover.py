@@ -19,7 +19,7 @@ from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
 from tests.conftest import LoopFactory
 from tests.helpers.children import held, one_held
-from tests.test_context import plugged
+from tests.watch.test_context import plugged
 
 
 class Errors(list[dict[str, Any]]):
