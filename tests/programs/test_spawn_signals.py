@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from .conftest import BACKENDS
-from .helpers.seccomp import compile_c, under_filter
+from ..conftest import BACKENDS
+from ..helpers.seccomp import compile_c, under_filter
 
 pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here, and so is a start in C")
 

@@ -22,9 +22,9 @@ from aiopidfd._programs import spawn as spawning
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
 
-from . import conftest
-from .conftest import LoopFactory, children, open_descriptors
-from .helpers.subprocesses import (
+from .. import conftest
+from ..conftest import LoopFactory, children, open_descriptors
+from ..helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     assert_reaped,

@@ -16,8 +16,8 @@ import pytest
 from aiopidfd._programs import spawn
 from aiopidfd._programs.popen import is_plain
 
-from .conftest import open_descriptors
-from .helpers.subprocesses import (
+from ..conftest import open_descriptors
+from ..helpers.subprocesses import (
     PIPE,
     is_ours,
     plug,  # noqa: F401 - pytest looks for it in this module

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from .helpers.subprocesses import (
+from ..helpers.subprocesses import (
     PIPE,
     drain,
     gate,

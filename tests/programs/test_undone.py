@@ -20,8 +20,8 @@ from aiopidfd._programs import transport as transports
 from aiopidfd._programs.transport import SubprocessTransport
 from aiopidfd._watch.registry import Registry
 
-from .conftest import LoopFactory, open_descriptors, run_on
-from .helpers.subprocesses import (
+from ..conftest import LoopFactory, open_descriptors, run_on
+from ..helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     assert_reaped,

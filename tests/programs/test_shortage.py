@@ -15,11 +15,11 @@ import pytest
 
 from aiopidfd._programs import births, transport
 
-from . import conftest
-from .conftest import LoopFactory, children, open_descriptors, run_on
-from .helpers.children import few_descriptors
-from .helpers.seccomp import NESTED, installing, python_under_filter
-from .helpers.subprocesses import (
+from .. import conftest
+from ..conftest import LoopFactory, children, open_descriptors, run_on
+from ..helpers.children import few_descriptors
+from ..helpers.seccomp import NESTED, installing, python_under_filter
+from ..helpers.subprocesses import (
     PIPE,
     plug,  # noqa: F401 - pytest looks for it in this module
     pytest_generate_tests,  # noqa: F401 - pytest looks for it in this module

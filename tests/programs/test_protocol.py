@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from .conftest import LoopFactory, run_on
-from .helpers.subprocesses import (
+from ..conftest import LoopFactory, run_on
+from ..helpers.subprocesses import (
     PIPE,
     Raiser,
     Recorder,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from .conftest import LoopFactory, run_on
-from .helpers.subprocesses import (
+from ..conftest import LoopFactory, run_on
+from ..helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     plug,  # noqa: F401 - pytest looks for it in this module

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from .helpers.seccomp import NESTED, compile_c
-from .helpers.subprocesses import needs_root, needs_uvloop
+from ..helpers.seccomp import NESTED, compile_c
+from ..helpers.subprocesses import needs_root, needs_uvloop
 
 LOOPS = ["SelectorEventLoop", pytest.param("UvloopEventLoop", marks=needs_uvloop)]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import LoopFactory, run_on
-from .helpers.children import few_descriptors
-from .helpers.subprocesses import (
+from ..conftest import LoopFactory, run_on
+from ..helpers.children import few_descriptors
+from ..helpers.subprocesses import (
     BY_POPEN,
     PIPE,
     drain,

@@ -12,7 +12,7 @@ import pytest
 
 from aiopidfd._backends.backend import probe_pidfd
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INCLUDE = sysconfig.get_path("include")
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'cffi_build'}", f"-I{INCLUDE}"]
 
