@@ -19,9 +19,9 @@ from aiopidfd import PidfdWatcher, wait
 from aiopidfd._kernel.syscalls import describe_sigchld
 from aiopidfd._watch.registries import registry_of
 
-from .conftest import LoopFactory, open_descriptors, run_on
-from .conftest import children as child_pids
-from .helpers.children import Held, await_zombie, held, one_held
+from ..conftest import LoopFactory, open_descriptors, run_on
+from ..conftest import children as child_pids
+from ..helpers.children import Held, await_zombie, held, one_held
 
 
 class Calls:

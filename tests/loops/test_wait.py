@@ -18,7 +18,7 @@ import pytest
 from aiopidfd import ExitStatus, wait
 from aiopidfd._kernel.syscalls import can_recover_exit
 
-from .helpers.children import Stranger, held, one_held
+from ..helpers.children import Stranger, held, one_held
 
 
 async def test_exit_status_tells_how_the_child_ended() -> None:

@@ -14,7 +14,7 @@ import pytest
 import aiopidfd
 from aiopidfd._loops import policy
 
-from .helpers.children import undebugged_environment
+from ..helpers.children import undebugged_environment
 
 ALWAYS = {"ForkServer", "PidfdWatcher", "SelectorEventLoop", "afork", "features", "run", "wait"}
 
@@ -107,7 +107,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 def test_tests_of_ctrl_c_pass_where_the_caller_ignores_it() -> None:
     """As that of a shell's background job does."""
-    tests = ["tests/test_run.py", "-k", "interrupt or ctrl or sigint"]
+    tests = ["tests/loops/test_run.py", "-k", "interrupt or ctrl or sigint"]
     command = ["env", "--ignore-signal=INT", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stdout

@@ -16,9 +16,9 @@ import pytest
 
 from aiopidfd import PidfdWatcher
 
-from .conftest import LoopFactory
-from .helpers.children import undebugged_environment
-from .helpers.subprocesses import (
+from ..conftest import LoopFactory
+from ..helpers.children import undebugged_environment
+from ..helpers.subprocesses import (
     ANSWER,
     PIPE,
     answer,

@@ -13,7 +13,7 @@ import pytest
 
 import aiopidfd
 
-from .helpers.subprocesses import (
+from ..helpers.subprocesses import (
     ANSWER,
     PIPE,
     answer,
