@@ -1,6 +1,6 @@
 # The commands that everybody needs. `make` lists them; .ci/run calls the same ones.
 #
-#   make test TESTS="tests/test_fork.py -k group"    one part of the suite
+#   make test TESTS="tests/fork/test_fork.py -k group"    one part of the suite
 #   make test PYTHON=python3.13                      by a Python that has the packages already; no .venv is made then
 #   make c CC=aarch64-linux-gnu-gcc                  by another C compiler
 

@@ -21,6 +21,7 @@ from aiopidfd._fork import afork
 from aiopidfd._forkserver import request
 
 from .conftest import children
+from .fork.test_child import bit
 from .helpers.workers import (
     ask,
     exit_with,
@@ -32,7 +33,6 @@ from .helpers.workers import (
     say_ready_after_read,
     wait_for_signal,
 )
-from .test_child import bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

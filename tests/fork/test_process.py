@@ -18,9 +18,9 @@ from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.syscalls import open_pidfd
 
-from .conftest import LoopFactory, children, run_on
-from .helpers.children import one_held
-from .helpers.workers import wait_for_signal
+from ..conftest import LoopFactory, children, run_on
+from ..helpers.children import one_held
+from ..helpers.workers import wait_for_signal
 
 
 def deaf() -> None:

@@ -17,8 +17,8 @@ from aiopidfd._backends import sigchld_backend
 from aiopidfd._kernel import syscalls
 from aiopidfd._watch import registries
 
-from .conftest import LoopFactory, run_on
-from .helpers.seccomp import compile_c
+from ..conftest import LoopFactory, run_on
+from ..helpers.seccomp import compile_c
 
 # Python 3.12+ warns of it, and it is what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

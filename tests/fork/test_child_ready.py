@@ -15,8 +15,8 @@ from aiopidfd import ChildStartError, afork, notify_ready
 from aiopidfd._fork import afork as forking
 from aiopidfd._kernel import proc
 
-from .conftest import LoopFactory, run_on
-from .helpers.workers import fork_server
+from ..conftest import LoopFactory, run_on
+from ..helpers.workers import fork_server
 
 
 def _close_all_and_say(path: Path) -> None:

@@ -12,7 +12,7 @@ from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import proc, syscalls
 from aiopidfd._kernel.syscalls import open_pidfd
 
-from .helpers.children import held, one_held
+from ..helpers.children import held, one_held
 
 BACKENDS = ["pidfd"]  # for conftest
 

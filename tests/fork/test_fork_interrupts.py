@@ -21,8 +21,8 @@ from aiopidfd._fork.afork import clone, start_child
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
 
-from .conftest import children
-from .helpers.workers import exit_with, fork_server, wait_for_signal
+from ..conftest import children
+from ..helpers.workers import exit_with, fork_server, wait_for_signal
 
 
 class Stop(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import BACKENDS, LOOPS
+from ..conftest import BACKENDS, LOOPS
 
 # Makes the world, forks in it, and looks in the child whether the parent's epoll descriptors are out of reach.
 _PROGRAM = """

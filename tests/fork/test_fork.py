@@ -24,9 +24,9 @@ from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
 from aiopidfd._watch.start_gate import READY
 
-from .conftest import LoopFactory, children, run_on
-from .helpers.children import await_zombie, held
-from .helpers.workers import wait_for_signal
+from ..conftest import LoopFactory, children, run_on
+from ..helpers.children import await_zombie, held
+from ..helpers.workers import wait_for_signal
 
 
 async def test_returncode_is_what_child_func_returned() -> None:

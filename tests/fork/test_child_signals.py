@@ -15,8 +15,8 @@ import pytest
 
 from aiopidfd import afork
 
-from .conftest import BACKENDS, LOOPS
-from .helpers.seccomp import compile_c
+from ..conftest import BACKENDS, LOOPS
+from ..helpers.seccomp import compile_c
 from .test_child import ask, bit, signal_masks
 
 FAULTS = [signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS]

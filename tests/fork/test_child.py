@@ -22,8 +22,8 @@ import pytest
 import aiopidfd
 from aiopidfd import afork, notify_ready, wait
 
-from .conftest import LoopFactory, open_descriptors, run_on
-from .helpers.children import one_held
+from ..conftest import LoopFactory, open_descriptors, run_on
+from ..helpers.children import one_held
 
 # To CPython, io_uring's workers are threads, and uvloop has one now and then: threads.count_threads.
 beside_uring_worker = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -15,8 +15,8 @@ import pytest
 from aiopidfd import ForkServer, afork
 from aiopidfd._ext import lib
 
-from .conftest import LOOPS, open_descriptors
-from .helpers.seccomp import compile_c
+from ..conftest import LOOPS, open_descriptors
+from ..helpers.seccomp import compile_c
 from .test_child import ask, beside_uring_worker
 
 # A hook cannot be taken back: there is one of each kind, and it does nothing but for a test that wants it to.

@@ -20,7 +20,7 @@ from aiopidfd import afork, wait
 from aiopidfd._fork import child as child_life
 from aiopidfd._kernel import syscalls
 
-from .helpers.workers import fork_server, wait_for_signal
+from ..helpers.workers import fork_server, wait_for_signal
 
 
 async def _end_of_orphan(middle: Callable[[int], None], expected: int) -> bool:

@@ -22,7 +22,7 @@ import pytest
 
 from aiopidfd import ChildStartError, afork
 
-from .helpers.workers import fork_server
+from ..helpers.workers import fork_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # queues and executors have threads
 
