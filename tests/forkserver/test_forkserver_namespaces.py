@@ -11,7 +11,7 @@ import pytest
 from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import proc, syscalls
 
-from .helpers.children import undebugged_environment
+from ..helpers.children import undebugged_environment
 
 PREPARE = """
 import asyncio, contextlib, ctypes, os, signal, socket, sys, time

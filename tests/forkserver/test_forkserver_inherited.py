@@ -22,8 +22,8 @@ from aiopidfd import ForkServer
 from aiopidfd._backends.backend import probe_pidfd
 from aiopidfd._kernel import inherited
 
-from .helpers.children import undebugged_environment
-from .helpers.workers import exit_with
+from ..helpers.children import undebugged_environment
+from ..helpers.workers import exit_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,9 +26,9 @@ from aiopidfd._fork import afork
 from aiopidfd._forkserver import pickling
 from aiopidfd._kernel import syscalls
 
-from .conftest import children, run_on
-from .helpers.children import undebugged_environment
-from .helpers.workers import ask, exit_with, fork_server, ignore_sigterm, kill_server, others, server_child, wait_for_signal
+from ..conftest import children, run_on
+from ..helpers.children import undebugged_environment
+from ..helpers.workers import ask, exit_with, fork_server, ignore_sigterm, kill_server, others, server_child, wait_for_signal
 
 needs_pidfds = pytest.mark.skipif(probe_pidfd() is not None, reason="pidfds are forbidden here, and so is a fork server")
 

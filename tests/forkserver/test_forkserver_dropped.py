@@ -9,7 +9,7 @@ import pytest
 
 from aiopidfd._backends.backend import probe_pidfd
 
-from .helpers.children import undebugged_environment
+from ..helpers.children import undebugged_environment
 
 pytestmark = pytest.mark.skipif(probe_pidfd() is not None, reason="pidfds are forbidden here, and so is a fork server")
 

@@ -20,9 +20,9 @@ from aiopidfd import ChildStartError, ForkServer, PidfdChildProcess
 from aiopidfd._fork import afork
 from aiopidfd._forkserver import request
 
-from .conftest import children
-from .fork.test_child import bit
-from .helpers.workers import (
+from ..conftest import children
+from ..fork.test_child import bit
+from ..helpers.workers import (
     ask,
     exit_with,
     fork_server,
