@@ -22,7 +22,7 @@ from aiopidfd.__main__ import main
 from aiopidfd._backends.features import features
 from aiopidfd._kernel import syscalls
 
-from .helpers.children import session_members, undebugged_environment
+from ..helpers.children import session_members, undebugged_environment
 
 TIMEOUT_S = 60.0
 

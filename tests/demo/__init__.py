@@ -1,0 +1,1 @@
+"""Tests of the wing `_demo`, and of the command line."""
