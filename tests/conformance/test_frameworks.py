@@ -20,10 +20,10 @@ import pytest
 import aiopidfd
 from aiopidfd._backends.backend import ENVIRONMENT
 
-from .conftest import BACKENDS, LOOPS
-from .helpers.children import session_members
+from ..conftest import BACKENDS, LOOPS
+from ..helpers.children import session_members
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240  # for one server, from its start to its end; in an emulated machine it takes a minute
 REQUESTS = 8
 
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 
 
 def uvicorn(socket: str, factory: str, path: Path) -> list[str]:
-    return ["-m", "uvicorn", "tests.frameworks_app:app", "--loop", factory, "--uds", socket]
+    return ["-m", "uvicorn", "tests.conformance.frameworks_app:app", "--loop", factory, "--uds", socket]
 
 
 def uvicorn_workers(socket: str, factory: str, path: Path) -> list[str]:
@@ -64,7 +64,7 @@ from uvicorn_worker import UvicornWorker
 class worker_class(UvicornWorker):
     CONFIG_KWARGS = {{"loop": "{factory}"}}
 """)
-    return ["-m", "gunicorn", "tests.frameworks_app:app", "-c", str(path), "-b", f"unix:{socket}", "-w", "2"]
+    return ["-m", "gunicorn", "tests.conformance.frameworks_app:app", "-c", str(path), "-b", f"unix:{socket}", "-w", "2"]
 
 
 def hypercorn_serve(socket: str, factory: str, path: Path) -> list[str]:
@@ -73,7 +73,7 @@ import aiopidfd
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 from {factory.replace(":", " import ")} as loop_factory
-from tests.frameworks_app import app
+from tests.conformance.frameworks_app import app
 
 config = Config()
 config.bind = ["unix:{socket}"]
@@ -92,7 +92,7 @@ def hypercorn(socket: str, factory: str, path: Path) -> list[str]:
 import asyncio
 import aiopidfd
 from {factory.replace(":", " import ")} as loop_factory
-from tests.frameworks_app import app
+from tests.conformance.frameworks_app import app
 
 asyncio.set_event_loop_policy(aiopidfd.EventLoopPolicy(loop_factory))
 """)
@@ -113,7 +113,7 @@ def make_loop():
     return loop
 
 if __name__ == "__main__":
-    Granian("tests.frameworks_app:app", uds=Path("{socket}"), interface="asgi", workers=2).serve()
+    Granian("tests.conformance.frameworks_app:app", uds=Path("{socket}"), interface="asgi", workers=2).serve()
 """)
     return [str(path)]
 

@@ -19,7 +19,7 @@ import aiopidfd
 from aiopidfd import PidfdWatcher
 from aiopidfd._backends import backend
 
-from .conftest import run_on
+from ..conftest import run_on
 
 try:
     import uvloop

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LOOPS
+from ..conftest import LOOPS
 
 CLASSES = {"asyncio": "SelectorEventLoop", "uvloop": "UvloopEventLoop"}
 

@@ -1,0 +1,1 @@
+"""CPython's own tests, and other projects' servers and plugins, on our loops."""
