@@ -17,8 +17,8 @@ import pytest
 
 from aiopidfd import PidfdWatcher
 
-from .conftest import LoopFactory, open_descriptors, run_on
-from .helpers.seccomp import compile_c
+from ..conftest import LoopFactory, open_descriptors, run_on
+from ..helpers.seccomp import compile_c
 
 COUNT = 10_000
 SPARE = 300  # descriptors, and pids, that others need

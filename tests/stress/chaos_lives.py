@@ -17,8 +17,8 @@ from aiopidfd import PidfdWatcher, wait
 from aiopidfd._kernel.exit_status import LOST_RETURNCODE
 from aiopidfd._watch.registries import registry_of
 
-from .helpers.children import DEADLY, Stranger, obey
-from .helpers.mischief import is_out_of_descriptors
+from ..helpers.children import DEADLY, Stranger, obey
+from ..helpers.mischief import is_out_of_descriptors
 
 if TYPE_CHECKING:
     from .chaos import Chaos

@@ -11,7 +11,7 @@ import sys
 
 from aiopidfd import afork, notify_ready
 
-from .conftest import LoopFactory
+from ..conftest import LoopFactory
 
 WORKERS = 8
 

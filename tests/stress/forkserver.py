@@ -1,4 +1,4 @@
-"""Make a fork server suffer: `python -m tests.stress_forkserver`. Ends with 1 if anything was lost or wrong."""
+"""Make a fork server suffer: `python -m tests.stress.forkserver`. Ends with 1 if anything was lost or wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import aiopidfd
 from aiopidfd._kernel.syscalls import can_recover_exit
 
-from .conftest import children
+from ..conftest import children
 
 AT_ONCE = 32
 
@@ -161,6 +161,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # By its own name, under which a spawned fork server finds what its workers are to run.
-    from tests import stress_forkserver  # noqa: PLW0406
+    from tests import stress_forkserver
 
     sys.exit(stress_forkserver.main())

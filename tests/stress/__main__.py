@@ -18,10 +18,10 @@ from collections import Counter
 from aiopidfd import wait
 from aiopidfd._backends import backend
 
+from ..conftest import LoopFactory, _loop_factory
+from ..helpers.children import DEADLY
+from ..helpers.seccomp import compile_c
 from . import chaos
-from .conftest import LoopFactory, _loop_factory
-from .helpers.children import DEADLY
-from .helpers.seccomp import compile_c
 
 AT_A_TIME = 64
 NATIVE_AT_A_TIME = 4  # uvloop takes milliseconds for each

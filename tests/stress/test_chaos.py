@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import BACKENDS, LOOPS
-from .helpers.children import Stranger, few_descriptors
-from .helpers.seccomp import compile_c
+from ..conftest import BACKENDS, LOOPS
+from ..helpers.children import Stranger, few_descriptors
+from ..helpers.seccomp import compile_c
 from .test_stress import stress
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from aiopidfd._kernel.syscalls import can_recover_exit
 
-from .conftest import BACKENDS, LOOPS
-from .helpers.seccomp import compile_c
+from ..conftest import BACKENDS, LOOPS
+from ..helpers.seccomp import compile_c
 
 
 def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedProcess[str]:
@@ -19,7 +19,7 @@ def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedP
     compile_c("ender.c", "-O1", "-static")  # skips where it cannot be
     return subprocess.run(
         [sys.executable, "-m", module, *options],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,
@@ -79,5 +79,5 @@ def test_what_cannot_be_promised_is_refused(options: list[str]) -> None:
 @pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
 @pytest.mark.parametrize("kind", LOOPS)
 def test_fork_server_loses_nothing_to_thieves_threads_and_its_own_death(kind: str) -> None:
-    run = stress("--workers", "200", "--deaths", "2", "--loop", kind, module="tests.stress_forkserver")
+    run = stress("--workers", "200", "--deaths", "2", "--loop", kind, module="tests.stress.forkserver")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -19,10 +19,10 @@ from aiopidfd._kernel.exit_status import LOST_RETURNCODE
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._watch.registries import registry_of
 
+from ..conftest import LoopFactory, children, open_descriptors
+from ..helpers.mischief import Mischief
+from ..helpers.seccomp import compile_c
 from .chaos_lives import PATIENCE_S, Act, Held
-from .conftest import LoopFactory, children, open_descriptors
-from .helpers.mischief import Mischief
-from .helpers.seccomp import compile_c
 
 DESCRIPTORS = 1500  # enough for what lives at a time; few, so that they are quickly used up
 WARM_UP = 0.25  # of the time; what memory has grown to by then is not counted

@@ -1,4 +1,4 @@
-"""Subprocesses from many threads, beside threads in malloc and in fork: python -m tests.torture.
+"""Subprocesses from many threads, beside threads in malloc and in fork: python -m tests.stress.torture.
 
 Each thread runs a loop of its own. Each program looks itself at the descriptors that it was given, and ends in a way of its
 own, with a copy of what it has read if it has pipes.
@@ -22,9 +22,9 @@ from collections.abc import Iterator
 import aiopidfd
 from aiopidfd._programs import spawn
 
-from .conftest import LoopFactory
-from .helpers.children import DEADLY
-from .helpers.seccomp import compile_c
+from ..conftest import LoopFactory
+from ..helpers.children import DEADLY
+from ..helpers.seccomp import compile_c
 
 AT_A_TIME = 8  # in each thread
 OTHERS_DESCRIPTORS = 254  # the program's exit code if it has a descriptor that it should not have, or lacks one
@@ -114,7 +114,7 @@ def _busy(allocating: int, forking: int, *, hostile: bool) -> Iterator[None]:
 
 def main() -> int:
     """Parse the command line, run, print; return 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.torture", description=__doc__)
     parser.add_argument("--programs", type=int, default=10_000, help="how many in all (default: 10000)")
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
     parser.add_argument("--threads", type=int, default=8, help="that start programs (default: 8)")

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from aiopidfd import AbstractChildProcess, ExitStatus, PidfdWatcher, afork, wait
 
-from .conftest import LoopFactory, children, open_descriptors
-from .helpers.children import DEADLY, await_zombie, obey
-from .helpers.seccomp import compile_c
+from ..conftest import LoopFactory, children, open_descriptors
+from ..helpers.children import DEADLY, await_zombie, obey
+from ..helpers.seccomp import compile_c
 
 # The same examples in each run, of a number that takes some seconds.
 SETTINGS = settings(

@@ -10,8 +10,8 @@ import pytest
 
 from aiopidfd._kernel.syscalls import can_recover_exit
 
-from .conftest import BACKENDS, LOOPS
-from .helpers.seccomp import compile_c
+from ..conftest import BACKENDS, LOOPS
+from ..helpers.seccomp import compile_c
 
 pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here, and so is a start in C")
 
@@ -20,8 +20,8 @@ def torture(*options: str) -> None:
     """Run it to its end; fail if it fails."""
     compile_c("reporter.c", "-O1")  # skips where it cannot be
     run = subprocess.run(
-        [sys.executable, "-m", "tests.torture", *options],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "tests.stress.torture", *options],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=500,  # in an emulated machine it takes 150
