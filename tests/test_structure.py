@@ -14,6 +14,9 @@ import aiopidfd
 # From the ground up. A wing imports from itself and from those before it.
 WINGS = ["_kernel", "_backends", "_watch", "_programs", "_loops", "_fork", "_forkserver", "_demo"]
 
+# These stand above all wings. `__init__` has public names, and nothing else.
+AT_THE_TOP = {"__init__", "__main__"}
+
 PACKAGE = Path(aiopidfd.__file__).parent
 
 
@@ -82,6 +85,18 @@ def test_wing_knows_only_those_below_it() -> None:
 def test_only_two_modules_use_the_binding() -> None:
     users = {module for module, imported in find_graph().items() if "_ext" in imported}
     assert users == {"_kernel.reaper", "_kernel.syscalls"}
+
+
+def test_nothing_but_wings_stands_at_the_top() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == AT_THE_TOP
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(WINGS)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_wing_has_at_most_ten_modules_and_says_what_it_promises(wing: str) -> None:
+    assert len([path for path in (PACKAGE / wing).glob("*.py") if path.stem != "__init__"]) <= 10
+    body = ast.parse((PACKAGE / wing / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1 and isinstance(body[0], ast.Expr)  # a docstring: it exports nothing
 
 
 BROKEN = {

@@ -21,7 +21,7 @@ from ..helpers.seccomp import NESTED, NO_PIDFDS, installing, python_under_filter
 
 BACKENDS = ["sigchld"]  # for conftest: each test chooses by itself
 
-CORE = ["test_watcher.py", "test_wait.py", "test_fork.py", "test_process.py", "test_child.py"]
+CORE = ["loops/test_watcher.py", "loops/test_wait.py", "fork/test_fork.py", "fork/test_process.py", "fork/test_child.py"]
 
 # The rest of the suite runs under one filter; a second one on top of it would test nothing more.
 pytestmark = pytest.mark.skipif(NESTED in os.environ, reason="runs under a filter already")
@@ -72,11 +72,11 @@ asyncio.run(main())
 @pytest.mark.parametrize("answer", NO_PIDFDS)
 def test_core_of_the_suite_passes_without_pidfds(answer: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, "PYTEST_ADDOPTS")}
-    here = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     # No watchdog, which is a thread: afork warns of threads. The time is limited here.
     options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
-    command = [sys.executable, "-m", "pytest", *options, *(f"{here.name}/{name}" for name in CORE)]
-    result = under_filter(NO_PIDFDS[answer], command, env=environment, cwd=here.parent, timeout=540)
+    command = [sys.executable, "-m", "pytest", *options, *(f"{tests.name}/{name}" for name in CORE)]
+    result = under_filter(NO_PIDFDS[answer], command, env=environment, cwd=tests.parent, timeout=540)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr
     assert " passed" in result.stdout
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import importlib
 import logging
 import os
 import random
@@ -161,6 +162,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     # By its own name, under which a spawned fork server finds what its workers are to run.
-    from tests import stress_forkserver
-
-    sys.exit(stress_forkserver.main())
+    sys.exit(importlib.import_module("tests.stress.forkserver").main())
