@@ -17,7 +17,7 @@ import pytest
 
 import aiopidfd
 from aiopidfd._kernel import syscalls
-from aiopidfd._programs import births, transport
+from aiopidfd._programs import births, loop_methods
 from aiopidfd._programs import spawn as spawning
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
@@ -172,7 +172,7 @@ async def test_interrupt_of_the_undoing_leaves_nothing_once_the_loop_is_closed(
 ) -> None:
     """As two Ctrl+C in a row: nobody watches it then, and the fixture finds what is left after the loop is closed."""
     patch_process(monkeypatch)
-    monkeypatch.setattr(transport, "undo_birth", interrupt)
+    monkeypatch.setattr(loop_methods, "undo_birth", interrupt)
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/sleep", "1000")
     assert len(children()) == 1
@@ -183,7 +183,7 @@ async def test_program_that_ends_after_two_interrupts_is_reaped_and_forgotten(
 ) -> None:
     """Its number, and that of its pidfd, may be another's by the time the loop is closed."""
     patch_process(monkeypatch)
-    monkeypatch.setattr(transport, "undo_birth", interrupt)
+    monkeypatch.setattr(loop_methods, "undo_birth", interrupt)
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/true")
     while children():

@@ -7,7 +7,7 @@ import weakref
 from functools import partial
 from typing import Any
 
-from .._programs.transport import Transported, subprocess_exec, subprocess_shell
+from .._programs.loop_methods import Transported, subprocess_exec, subprocess_shell
 
 
 class Plugged:
