@@ -5,42 +5,19 @@
  * for each batch of them: those that follow one another are closed by one call. All have ended before the first is reaped.
  * Prints for each pass the nanoseconds of CPU time to register and to reap, after one pass that is not counted. */
 #define _GNU_SOURCE
+#include "floor.h"
+
 #include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-/* For C libraries older than these: the numbers are the same on all architectures but alpha. */
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
-#ifndef SYS_close_range
-#define SYS_close_range 436
-#endif
-enum { WAIT_BY_PIDFD = 3, WARM_UP = 16, BATCH = 64 };
+enum { WARM_UP = 16, BATCH = 64 };
 
 extern char **environ;
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-static long long cpu_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
 
 /* Start a child whose stdin is `in`. `keep` stays open in it, as descriptor 3, unless it is -1. */
 static pid_t start(char *program, int in, int keep)
@@ -94,20 +71,20 @@ static void pass(char *program, int n, int report)
     close(gate[1]);
     close(trigger[0]);
 
-    start_ns = cpu_ns();
+    start_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     for (i = 0; i < n; i++) {
         int pidfd = (int)syscall(SYS_pidfd_open, pids[i], 0);
         struct epoll_event event = {.events = EPOLLIN | EPOLLONESHOT, .data.u64 = (uint64_t)(uint32_t)pidfd};
         siginfo_t info;
-        if (pidfd < 0 || syscall(SYS_waitid, WAIT_BY_PIDFD, pidfd, &info, WEXITED | WNOHANG | WNOWAIT | __WALL, NULL) ||
+        if (pidfd < 0 || syscall(SYS_waitid, AP_P_PIDFD, pidfd, &info, WEXITED | WNOHANG | WNOWAIT | __WALL, NULL) ||
             epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event))
             die("register");
     }
-    registered_ns = cpu_ns();
+    registered_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     close(trigger[1]);
     for (i = 0; i < n; i++)
         waitid(P_PID, (id_t)pids[i], &(siginfo_t){0}, WEXITED | WNOWAIT);
-    ended_ns = cpu_ns();
+    ended_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     while (left > 0) {
         struct epoll_event events[BATCH];
         int pidfds[BATCH], ready = epoll_wait(reaper, events, BATCH, -1);
@@ -115,13 +92,13 @@ static void pass(char *program, int n, int report)
             siginfo_t info;
             struct rusage usage;
             pidfds[i] = (int)events[i].data.u64;
-            if (syscall(SYS_waitid, WAIT_BY_PIDFD, pidfds[i], &info, WEXITED | WNOHANG | __WALL, &usage))
+            if (syscall(SYS_waitid, AP_P_PIDFD, pidfds[i], &info, WEXITED | WNOHANG | __WALL, &usage))
                 die("waitid");
         }
         close_all(pidfds, ready);
         left -= ready;
     }
-    end_ns = cpu_ns();
+    end_ns = read_clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     if (report)
         printf("%lld %lld\n", registered_ns - start_ns, end_ns - ended_ns);
     waitpid(holder, NULL, 0);

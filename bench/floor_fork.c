@@ -3,32 +3,16 @@
  * Prints for each sample the nanoseconds from before the fork until the child has said that it is ready, and until it
  * has been reaped, after one fork that is not counted. */
 #define _GNU_SOURCE
+#include "floor.h"
+
 #include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-static long long now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
 
 static void sample(int report)
 {
     int ready[2];
-    long long start_ns = now_ns(), ready_ns, end_ns;
+    long long start_ns = read_clock_ns(CLOCK_MONOTONIC), ready_ns, end_ns;
     char word;
     pid_t pid;
 
@@ -42,10 +26,10 @@ static void sample(int report)
     close(ready[1]);
     if (read(ready[0], &word, 1) != 1)
         die("read");
-    ready_ns = now_ns();
+    ready_ns = read_clock_ns(CLOCK_MONOTONIC);
     if (waitpid(pid, NULL, 0) != pid)
         die("waitpid");
-    end_ns = now_ns();
+    end_ns = read_clock_ns(CLOCK_MONOTONIC);
     close(ready[0]);
     if (report)
         printf("%lld %lld\n", ready_ns - start_ns, end_ns - start_ns);
@@ -53,21 +37,12 @@ static void sample(int report)
 
 int main(int argc, char **argv)
 {
-    size_t size;
     int samples;
 
     if (argc != 3)
         return 2;
-    size = (size_t)atol(argv[1]) << 20;
     samples = atoi(argv[2]);
-    if (size > 0) {
-        char *ballast = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (ballast == MAP_FAILED)
-            die("mmap");
-        /* Small pages, as a Python heap that has grown bit by bit has them. */
-        (void)madvise(ballast, size, MADV_NOHUGEPAGE);
-        memset(ballast, 1, size);
-    }
+    touch((size_t)atol(argv[1]));
     setvbuf(stdout, NULL, _IOFBF, 1 << 16); /* written at the end: a child that copied it would write nothing, by _exit */
     sample(0);
     while (samples-- > 0) {

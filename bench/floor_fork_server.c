@@ -5,66 +5,21 @@
  * worker's socket what it is to do, leave to do it, and its word that it is ready. Prints for each sample the nanoseconds
  * until it is ready, and until it has been reaped, after one that is not counted. */
 #define _GNU_SOURCE
+#include "floor.h"
+
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-#ifndef CLONE_PARENT
-#define CLONE_PARENT 0x00008000
-#endif
-#ifndef CLONE_PIDFD
-#define CLONE_PIDFD 0x00001000
-#endif
-#ifndef SYS_clone3
-#define SYS_clone3 435
-#endif
-enum { INTERPRETER_MB = 14, WAIT_BY_PIDFD = 3 };
+enum { INTERPRETER_MB = 14 };
 
 static const char ORDER[] = "what to run";
 
-/* The kernel's struct clone_args, first form. */
-struct clone_args_v0 {
-    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
-};
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-static long long now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-static void touch(size_t megabytes)
-{
-    size_t size = megabytes << 20;
-    char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-    if (size == 0)
-        return;
-    if (memory == MAP_FAILED)
-        die("mmap");
-    (void)madvise(memory, size, MADV_NOHUGEPAGE); /* as a Python heap that has grown bit by bit */
-    memset(memory, 1, size);
-}
-
 static long raw_fork(uint64_t flags, int *ret_pidfd)
 {
-    struct clone_args_v0 args = {.flags = flags | CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)ret_pidfd};
-    return syscall(SYS_clone3, &args, sizeof args);
+    struct ap_clone_args args = {.flags = flags | CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)ret_pidfd};
+    return syscall(SYS_clone3, &args, AP_CLONE_ARGS_V0);
 }
 
 static ssize_t send_fd(int wire, const void *data, size_t size, int fd)
@@ -115,7 +70,7 @@ static void serve(int wire)
 
 static void sample(int wire, int report)
 {
-    long long start_ns = now_ns(), ready_ns, end_ns;
+    long long start_ns = read_clock_ns(CLOCK_MONOTONIC), ready_ns, end_ns;
     char word;
     int gate[2], pidfd;
     long pid;
@@ -132,10 +87,10 @@ static void sample(int wire, int report)
         die("reply");
     if (write(gate[0], "g", 1) != 1 || read(gate[0], &word, 1) != 1 || read(gate[0], &word, 1) != 1)
         die("gate");
-    ready_ns = now_ns();
-    if (syscall(SYS_waitid, WAIT_BY_PIDFD, pidfd, &info, WEXITED | __WALL, NULL))
+    ready_ns = read_clock_ns(CLOCK_MONOTONIC);
+    if (syscall(SYS_waitid, AP_P_PIDFD, pidfd, &info, WEXITED | __WALL, NULL))
         die("waitid");
-    end_ns = now_ns();
+    end_ns = read_clock_ns(CLOCK_MONOTONIC);
     close(pidfd);
     close(gate[0]);
     if (report)
@@ -168,5 +123,5 @@ int main(int argc, char **argv)
         sample(wire[0], 1);
     }
     close(wire[0]);
-    return syscall(SYS_waitid, WAIT_BY_PIDFD, pidfd, NULL, WEXITED | __WALL, NULL) != 0;
+    return syscall(SYS_waitid, AP_P_PIDFD, pidfd, NULL, WEXITED | __WALL, NULL) != 0;
 }

@@ -5,28 +5,13 @@
 
 #include "clone.h"
 #include "epolls.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-/* Older headers lack these. */
-#ifndef SYS_clone3
-#define SYS_clone3 435
-#endif
-#ifndef CLONE_PIDFD
-#define CLONE_PIDFD 0x00001000
-#endif
-
-/* The first published form of struct clone_args (CLONE_ARGS_SIZE_VER0, Linux 5.3). */
-struct clone_args_v0 {
-    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
-};
-_Static_assert(sizeof(struct clone_args_v0) == 64, "the kernel tells the versions apart by size");
 
 /* Return where the C library caches the ID of this thread, NULL if that is not found out.
  *
@@ -59,8 +44,8 @@ static int *find_cached_tid(void *robust_list)
 
 static long clone_process(uint64_t flags, int *tid, int *pidfd)
 {
-    struct clone_args_v0 args = {.flags = flags, .pidfd = (uintptr_t)pidfd, .child_tid = (uintptr_t)tid};
-    long pid = syscall(SYS_clone3, &args, sizeof args);
+    struct ap_clone_args args = {.flags = flags, .pidfd = (uintptr_t)pidfd, .child_tid = (uintptr_t)tid};
+    long pid = syscall(SYS_clone3, &args, AP_CLONE_ARGS_V0);
 
     if (pid < 0 && (errno == ENOSYS || errno == EPERM || errno == EACCES)) {
         /* Filters that cannot look into a struct refuse clone3 and allow clone, as Docker's does. CLONE_PIDFD stores where

@@ -5,15 +5,11 @@
 #include "reaper.h"
 #include "sigchld.h"
 #include "owned.h"
+#include "syscalls.h"
 
 #include <stdatomic.h>
 #include <stdint.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-#ifndef SYS_close_range
-#define SYS_close_range 436
-#endif
 
 enum { WORD_BITS = 64, WORDS = (1 << 20) / WORD_BITS };
 

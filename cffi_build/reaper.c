@@ -4,6 +4,7 @@
 #include "pidfd.h"
 #include "reaper.h"
 #include "owned.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -68,7 +69,7 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
     ap_exit unused;
 
     if (flags & AP_ADD_CHECK_CHILD) {
-        int err = ap_waitid(P_PIDFD, pidfd, WEXITED | WNOHANG | WNOWAIT, &unused);
+        int err = ap_waitid(AP_P_PIDFD, pidfd, WEXITED | WNOHANG | WNOWAIT, &unused);
         if (err < 0)
             return err;
     }
@@ -119,7 +120,7 @@ void ap_reaper_remove(int reaper, int pidfd)
 /* How the process ended whose pidfd has become readable. Returns 1 with *ret_exit written, 0 for "not yet". */
 static int reap_one(int pid, int pidfd, int options, uint32_t events, ap_exit *ret_exit)
 {
-    int told, err = ap_waitid(P_PIDFD, pidfd, options, ret_exit);
+    int told, err = ap_waitid(AP_P_PIDFD, pidfd, options, ret_exit);
 
     if (err < 0 && err != -ECHILD) /* a filter put in place since: the pid is as good, since only we could have reaped it */
         err = ap_waitid(P_PID, pid, options, ret_exit);

@@ -7,41 +7,25 @@
 #include "reaper.h"
 #include "spawn.h"
 #include "launch.h"
+#include "syscalls.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
 
-#ifndef CLONE_PIDFD
-#define CLONE_PIDFD 0x00001000
-#endif
-#ifndef CLONE_CLEAR_SIGHAND
-#define CLONE_CLEAR_SIGHAND 0x100000000ULL
-#endif
-#ifndef SYS_clone3
-#define SYS_clone3 435
-#endif
-
-/* The kernel's struct clone_args, first form (CLONE_ARGS_SIZE_VER0). */
-struct clone_args_v0 {
-    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
-};
-
 /* clone3 with a stack of the child's own, on which it calls ap_run_child(data). libc has no such function, and the child
  * cannot return into this one. Each operand has its register: of those that a compiler may choose, some are changed before
  * they are read (rdi, rbp), some by the kernel (rcx, r11). Not inlined, where registers that the kernel does not keep (SVE's)
  * might hold something of the caller's. */
 #if defined(__x86_64__)
-static __attribute__((noinline)) long clone3_child(struct clone_args_v0 *args, void *data)
+static __attribute__((noinline)) long clone3_child(struct ap_clone_args *args, void *data)
 {
     register void *kept_data __asm__("r8") = data;
     register int (*child)(void *) __asm__("r9") = ap_run_child;
@@ -56,16 +40,16 @@ static __attribute__((noinline)) long clone3_child(struct clone_args_v0 *args, v
                      "hlt\n"
                      "1:"
                      : "=a"(result)
-                     : "0"((long)SYS_clone3), "D"(args), "S"(sizeof *args), "r"(kept_data), "r"(child)
+                     : "0"((long)SYS_clone3), "D"(args), "S"((long)AP_CLONE_ARGS_V0), "r"(kept_data), "r"(child)
                      : "rcx", "r11", "cc", "memory");
     return result;
 }
 #elif defined(__aarch64__)
-static __attribute__((noinline)) long clone3_child(struct clone_args_v0 *args, void *data)
+static __attribute__((noinline)) long clone3_child(struct ap_clone_args *args, void *data)
 {
     register long number __asm__("x8") = SYS_clone3;
     register long first __asm__("x0") = (long)(uintptr_t)args;
-    register long second __asm__("x1") = (long)sizeof *args;
+    register long second __asm__("x1") = AP_CLONE_ARGS_V0;
     register void *kept_data __asm__("x9") = data;
     register int (*child)(void *) __asm__("x10") = ap_run_child;
 
@@ -82,7 +66,7 @@ static __attribute__((noinline)) long clone3_child(struct clone_args_v0 *args, v
     return first;
 }
 #else
-static long clone3_child(struct clone_args_v0 *args, void *data)
+static long clone3_child(struct ap_clone_args *args, void *data)
 {
     (void)args;
     (void)data;
@@ -97,7 +81,7 @@ static int clone_child(struct launch *launch, int with_pidfd, int *ret_pidfd)
     _Alignas(16) char stack[STACK_SIZE];
     const unsigned int flags = CLONE_VM | CLONE_VFORK | (with_pidfd ? CLONE_PIDFD : 0U);
     /* Exit signal 0 until it runs its program (exec makes it SIGCHLD): a child that fails before is seen by nobody but us. */
-    struct clone_args_v0 args = {
+    struct ap_clone_args args = {
         .flags = flags | CLONE_CLEAR_SIGHAND,
         .pidfd = with_pidfd ? (uint64_t)(uintptr_t)ret_pidfd : 0,
         .stack = (uint64_t)(uintptr_t)stack,
@@ -167,7 +151,7 @@ static void discard(int pid, int pidfd)
     int result;
 
     do
-        result = pidfd >= 0 ? ap_waitid(P_PIDFD, pidfd, WEXITED, &unused) : -EINVAL;
+        result = pidfd >= 0 ? ap_waitid(AP_P_PIDFD, pidfd, WEXITED, &unused) : -EINVAL;
     while (result == -EINTR);
     if (result == -EINVAL) /* no pidfd; or Linux before 5.4, which cannot wait by one */
         while (ap_waitid(P_PID, pid, WEXITED, &unused) == -EINTR)

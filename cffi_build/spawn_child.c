@@ -3,6 +3,8 @@
 #endif
 #include "spawn.h"
 #include "launch.h"
+#include "child.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -10,12 +12,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-#ifndef SYS_close_range
-#define SYS_close_range 436
-#endif
 
 void ap_set_mask(uint64_t mask, uint64_t *ret_old)
 {
@@ -25,26 +22,20 @@ void ap_set_mask(uint64_t mask, uint64_t *ret_old)
 /* From here on: the child, in its parent's memory, while that thread of the parent stands still and others go on.
  * Only system calls, and nothing that takes a lock. */
 
-static int reset_handlers(void)
-{
-    int number;
-
-    for (number = 1; number <= 64; number++) {
-        struct sigaction action;
-        if (sigaction(number, NULL, &action) == 0 && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN) {
-            action.sa_handler = SIG_DFL;
-            action.sa_flags = 0;
-            if (sigaction(number, &action, NULL) < 0)
-                return -1;
-        }
-    }
-    return 0;
-}
-
 static int set_default(int number)
 {
     struct sigaction action = {.sa_handler = SIG_DFL};
     return sigaction(number, &action, NULL);
+}
+
+static int reset_handlers(void)
+{
+    unsigned long long caught = ap_caught_signals();
+
+    for (; caught != 0; caught &= caught - 1)
+        if (set_default(__builtin_ctzll(caught) + 1) < 0)
+            return -1;
+    return 0;
 }
 
 static int make_inheritable(int fd)

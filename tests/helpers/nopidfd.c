@@ -7,6 +7,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "syscalls.h"
+
 #include <errno.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
@@ -17,7 +19,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -30,15 +31,8 @@
 #error "unsupported architecture: no AUDIT_ARCH is known for it"
 #endif
 
-/* Generic numbers, the same on all of these; older kernel headers lack them. */
-enum {
-    NR_PIDFD_SEND_SIGNAL = 424,
-    NR_IO_URING_SETUP = 425,
-    NR_PIDFD_OPEN = 434,
-    NR_CLONE3 = 435,
-    NR_CLOSE_RANGE = 436,
-    NR_PIDFD_GETFD = 438
-};
+/* As those of syscalls.h: older headers lack them. */
+enum { NR_IO_URING_SETUP = 425, NR_PIDFD_GETFD = 438 };
 
 /* A call is refused if the low half of argument `arg`, masked by `mask`, is `value`. A mask of 0 refuses every call. */
 struct rule {
@@ -49,16 +43,16 @@ struct rule {
 };
 
 static const struct rule rules[] = {
-    {"pidfd_open", NR_PIDFD_OPEN, 0, 0, 0},
-    {"pidfd_send_signal", NR_PIDFD_SEND_SIGNAL, 0, 0, 0},
-    {"pidfd_send_signal_group", NR_PIDFD_SEND_SIGNAL, 3, 4, 4}, /* PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9 */
+    {"pidfd_open", SYS_pidfd_open, 0, 0, 0},
+    {"pidfd_send_signal", SYS_pidfd_send_signal, 0, 0, 0},
+    {"pidfd_send_signal_group", SYS_pidfd_send_signal, 3, 4, 4}, /* PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9 */
     {"pidfd_getfd", NR_PIDFD_GETFD, 0, 0, 0},
     {"pidfd_get_info", SYS_ioctl, 1, 0xC000FFFF, 0xC000FF0B}, /* PIDFD_GET_INFO with a struct of any size, Linux 6.13 */
     {"waitid", SYS_waitid, 0, 0, 0},
-    {"waitid_pidfd", SYS_waitid, 0, 0xFFFFFFFF, 3}, /* P_PIDFD, Linux 5.4 */
-    {"clone3", NR_CLONE3, 0, 0, 0},
-    {"close_range", NR_CLOSE_RANGE, 0, 0, 0}, /* Linux 5.9 */
-    {"clone_pidfd", SYS_clone, 0, 0x1000, 0x1000}, /* CLONE_PIDFD by the old call, Linux 5.2 */
+    {"waitid_pidfd", SYS_waitid, 0, 0xFFFFFFFF, AP_P_PIDFD}, /* Linux 5.4 */
+    {"clone3", SYS_clone3, 0, 0, 0},
+    {"close_range", SYS_close_range, 0, 0, 0}, /* Linux 5.9 */
+    {"clone_pidfd", SYS_clone, 0, CLONE_PIDFD, CLONE_PIDFD}, /* by the old call, Linux 5.2 */
     {"epoll_add", SYS_epoll_ctl, 1, 0xFFFFFFFF, 1}, /* EPOLL_CTL_ADD */
     {"io_uring_setup", NR_IO_URING_SETUP, 0, 0, 0},
 };

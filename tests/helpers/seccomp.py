@@ -3,7 +3,7 @@
 The rules are those of nopidfd.c, as in "pidfd_open=EPERM,waitid_pidfd=EPERM"; an errno is ENOSYS if it is not named.
 By hand, for the whole suite:
 
-    cc -o /tmp/nopidfd tests/helpers/nopidfd.c
+    cc -iquote cffi_build -o /tmp/nopidfd tests/helpers/nopidfd.c
     /tmp/nopidfd pidfd_open,waitid_pidfd,pidfd_send_signal,clone3 python -m pytest
 """
 
@@ -54,7 +54,8 @@ def compile_c(source: str, *options: str) -> Path:
     if compiler is None:
         pytest.skip("there is no C compiler")
     made = _directory() / f"{Path(source).stem}{'.so' if '-shared' in options else ''}"
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *options, "-o", str(made), str(_SOURCES / source)]
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-iquote", str(_SOURCES.parents[1] / "cffi_build")]
+    command = [compiler, *flags, *options, "-o", str(made), str(_SOURCES / source)]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if "unsupported architecture" in result.stderr:
         pytest.skip(f"{source} does not know this architecture: {os.uname().machine}")

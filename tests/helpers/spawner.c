@@ -9,6 +9,7 @@
 #include "pidfd.h"
 #include "reaper.h"
 #include "spawn.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -48,7 +49,7 @@ int main(int argc, char **argv)
                           AP_SPAWN_CLOSE_FDS | AP_SPAWN_RESTORE_SIGNALS);
         if (result != 0 || birth.pid <= 0 || birth.pidfd < 0 || !birth.held)
             return fail("ap_spawn", result);
-        if (ap_waitid(P_PIDFD, birth.pidfd, WEXITED, &ended) != 1 || ended.status != 3 << 8)
+        if (ap_waitid(AP_P_PIDFD, birth.pidfd, WEXITED, &ended) != 1 || ended.status != 3 << 8)
             return fail("status", ended.status);
     }
     birth = (ap_birth){0, -1, 0};

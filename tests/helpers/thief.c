@@ -2,13 +2,14 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "syscalls.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -104,9 +105,8 @@ long thief_stop(void)
 int thief_run_as(int pid, int input, const char *program);
 int thief_run_as(int pid, int input, const char *program)
 {
-    /* struct clone_args, which older headers lack: exit_signal is its fifth member, set_tid and set_tid_size are the last. */
-    uint64_t arguments[10] = {[4] = SIGCHLD, [8] = (uintptr_t)&pid, [9] = 1};
-    long child = syscall(435, arguments, sizeof arguments); /* clone3 */
+    struct ap_clone_args args = {.exit_signal = SIGCHLD, .set_tid = (uintptr_t)&pid, .set_tid_size = 1};
+    long child = syscall(SYS_clone3, &args, sizeof args);
 
     if (child == 0) {
         (void)dup2(input, 0);

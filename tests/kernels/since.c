@@ -1,16 +1,19 @@
 /* Children by clone3(2), for the tests of what each kernel can do. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "syscalls.h"
+
 #include <errno.h>
 #include <signal.h>
 #include <stdint.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 static long clone3(uint64_t flags, uint64_t exit_signal, int *pidfd)
 {
-    /* struct clone_args in its first form (Linux 5.3), which older headers lack. */
-    uint64_t arguments[8] = {[0] = flags, [1] = (uintptr_t)pidfd, [4] = exit_signal};
-    return syscall(435, arguments, sizeof arguments);
+    struct ap_clone_args args = {.flags = flags, .pidfd = (uintptr_t)pidfd, .exit_signal = exit_signal};
+    return syscall(SYS_clone3, &args, AP_CLONE_ARGS_V0);
 }
 
 /* Make a child that exits at once, with 1 if SIGUSR1 has a handler in it and 0 if not. Returns its pid, or -errno. */
@@ -32,14 +35,13 @@ int since_clone3(uint64_t flags, int exit_signal, int *ret_pidfd)
 int since_sibling(void);
 int since_sibling(void)
 {
-    enum { PARENT = 0x8000 };
     siginfo_t info;
     long pid = clone3(0, 0, NULL);
 
     if (pid < 0)
         return -errno;
     if (pid == 0) {
-        long sibling = clone3(PARENT, 0, NULL);
+        long sibling = clone3(CLONE_PARENT, 0, NULL);
         _exit(sibling < 0 ? errno : 0);
     }
     if (syscall(SYS_waitid, P_PID, pid, &info, WEXITED | __WALL, NULL) < 0)
