@@ -40,7 +40,7 @@ def can_nest(loop: asyncio.AbstractEventLoop | None) -> bool:
 class LoopLink:
     """What a registry asks of its loop, which it does not own: the loop owns the registry."""
 
-    __slots__ = ("_fd", "_kept", "_listener", "_loop", "_nests", "_on_end", "_on_readable")
+    __slots__ = ("_fd", "_kept", "_listener", "_loop", "_nests", "_on_end", "_on_readable", "depth")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class LoopLink:
         self._loop: Callable[[], asyncio.AbstractEventLoop | None] = loop
         self._fd = fd
         self._nests = can_nest(loop())
+        self.depth = 0  # how many calls of users are going on, each in a loop that the one before has run again
         self._on_readable, self._on_end = on_readable, on_end
         self._kept: _Listener | None = None
         listener = _Listener(on_readable, on_end)
@@ -90,11 +91,18 @@ class LoopLink:
             loop.remove_reader(self._fd)
 
     def renew(self) -> None:
-        """Be callable by the loop even if it is run again inside the call that is going on."""
-        if self._nests:
-            listener = self._listener()
-            if listener is not None and self._fd >= 0:
-                self._listen(listener)
+        """Be callable by the loop even if it is run again inside the call that is going on, while `depth` is not 0.
+
+        To register a reader takes long, and loops are hardly ever run again. One that is does it as its first thing.
+        """
+        loop = self._loop()
+        if self._nests and loop is not None:
+            loop.call_soon(self._renew_inside, context=Context())
+
+    def _renew_inside(self) -> None:
+        listener = self._listener()
+        if self.depth and listener is not None and self._fd >= 0:
+            self._listen(listener)
 
     def call(self, function: Callable[..., object], *args: object) -> None:
         """Call what only the loop's thread may call: now, or when the loop runs."""

@@ -27,23 +27,28 @@ class Ends:
         One by one, so that nobody is told twice and nobody is forgotten when one of them raises: SystemExit and
         KeyboardInterrupt go on to the caller, who is to call again.
         """
-        untold, renewed = self.untold, False
-        while untold:
-            child = untold[0]
-            if not renewed and child.context is not None:
-                self._link.renew()  # a user's callback may run the loop
-                renewed = True
-            try:
-                if child.tell():
+        untold, link, renewed = self.untold, self._link, False
+        depth = link.depth
+        try:
+            link.depth = depth + 1
+            while untold:
+                child = untold[0]
+                if not renewed and child.context is not None:
+                    link.renew()  # a user's callback may run the loop
+                    renewed = True
+                try:
+                    if child.tell():
+                        continue
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as exc:
+                    assert isinstance(child, Child)  # a gate tells only us
+                    self.report(exc, f"Exception in the exit callback for pid {child.pid}")
                     continue
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as exc:
-                assert isinstance(child, Child)  # a gate tells only us
-                self.report(exc, f"Exception in the exit callback for pid {child.pid}")
-                continue
-            if untold and untold[0] is child:  # else an observer has had the loop run, and so us
-                untold.popleft()
+                if untold and untold[0] is child:  # else an observer has had the loop run, and so us
+                    untold.popleft()
+        finally:
+            link.depth = depth
 
     def report(self, exc: BaseException, message: str) -> None:
         """Have the loop's exception handler called."""
