@@ -196,8 +196,8 @@ async def test_word_that_is_unread_at_the_end_of_the_child_counts() -> None:
         gate.struct.gate = ours.detach()
         with childs:
             childs.send(word)
-        gate.hear_end(None)
-        assert gate.said.result() is bool(word)
+        gate.on_exit(None)
+        assert gate.ready.result() is bool(word)
         gates.close(gate)
 
 

@@ -20,13 +20,13 @@ from .._kernel import proc, syscalls, threads
 from .._kernel.exit_status import ExitStatus
 from .._kernel.syscalls import reinit_fork_lock
 from .._watch.registry import Registry
-from .._watch.start_gate import Gate
+from .._watch.start_gate import StartGate
 from .child import Birth, Options, Ready, forget_readiness, run_to_end, start
 from .child_exit import flush_streams, note_inherited
 from .handle import AbstractChildProcess, End, expect_child, watch_expected
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
-Fork = Callable[[Registry, Gate, syscalls.Live], None]
+Fork = Callable[[Registry, StartGate, syscalls.Live], None]
 
 _T = TypeVar("_T")
 
@@ -102,9 +102,9 @@ async def start_child(
     gate = gates.make(loop)
     try:
         child = _fork(child, gate, Birth(child_func, options, loop, copy_context()), fork_)
-        if not await gate.said:
-            await await_ready(child, gate.said, f"child process {child.pid}")
-        end.future.remove_done_callback(gate.hear_end)
+        if not await gate.ready:
+            await await_ready(child, gate.ready, f"child process {child.pid}")
+        end.future.remove_done_callback(gate.on_exit)
         gates.close(gate)
         child._detached = False
         return child
@@ -170,10 +170,10 @@ def hook_forks() -> None:
         _hooked = True
 
 
-def _fork(child: AbstractChildProcess, gate: Gate, birth: Birth, fork_: Fork) -> AbstractChildProcess:
+def _fork(child: AbstractChildProcess, gate: StartGate, birth: Birth, fork_: Fork) -> AbstractChildProcess:
     """Fork, and let the child out of its gate once it is watched. Return its handle, detached."""
     hook_forks()
-    child._end.future.add_done_callback(gate.hear_end)
+    child._end.future.add_done_callback(gate.on_exit)
     note_inherited()
     flush_streams()  # else both of us would write what is buffered
     fork_(child._registry, gate, partial(run_to_end, partial(start, birth)))
@@ -184,10 +184,10 @@ def _fork(child: AbstractChildProcess, gate: Gate, birth: Birth, fork_: Fork) ->
     return child
 
 
-async def _end_forked(registry: Registry, end: End, gate: Gate) -> None:
+async def _end_forked(registry: Registry, end: End, gate: StartGate) -> None:
     """Kill and reap a child whose caller gets an error instead, however often we are interrupted or cancelled meanwhile."""
     is_watched = _insist(partial(registry.kill_forked, gate, end))
-    _insist(partial(end.future.remove_done_callback, gate.hear_end))
+    _insist(partial(end.future.remove_done_callback, gate.on_exit))
     _insist(partial(registry.gates.close, gate))
     while is_watched and not end.future.done():
         with contextlib.suppress(asyncio.CancelledError):
@@ -209,7 +209,7 @@ def end_unwatched(pid: int, pidfd: int) -> None:
         os.close(pidfd)
 
 
-def fork(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
+def fork(registry: Registry, gate: StartGate, live: syscalls.Live) -> None:
     """Fork as os.fork does, without its warning of threads."""
     if sys.version_info < (3, 12):
         registry.fork(gate, live, os.fork)
@@ -222,7 +222,7 @@ def fork(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
         registry.fork(gate, live, os.fork)
 
 
-def clone(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
+def clone(registry: Registry, gate: StartGate, live: syscalls.Live) -> None:
     """Fork by clone(2), in the one thread of a process that has no other."""
     registry.fork(gate, live, None)
 

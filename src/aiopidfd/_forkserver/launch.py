@@ -19,7 +19,7 @@ from .._kernel import syscalls
 from .._kernel.inherited import Snapshot, replace_inherited
 from .._kernel.threads import count_threads
 from .._watch.registry import Registry
-from .._watch.start_gate import Gate
+from .._watch.start_gate import StartGate
 from .process import serve
 
 StartMethod = Literal["fork", "spawn"]
@@ -114,7 +114,7 @@ async def _fork_server(
 
     how = afork.fork if features.made_by == "os.fork" else afork.clone
 
-    def fork(registry: Registry, gate: Gate, live: syscalls.Live) -> None:
+    def fork(registry: Registry, gate: StartGate, live: syscalls.Live) -> None:
         snapshot = Snapshot()
 
         def look_and_live(fd: int, mask: int) -> None:

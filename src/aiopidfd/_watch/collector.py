@@ -37,7 +37,7 @@ from .birth import Birth
 from .child import Child
 from .loop_link import LoopLink
 from .notify import Ends
-from .start_gate import Gates
+from .start_gate import StartGates
 
 # How many batches one call of the loop reaps and tells of at most, before others have their turn.
 _BATCHES = 4
@@ -77,7 +77,7 @@ class Collector:
         self.births: set[Birth] = set()
         syscalls.open_sigchld()  # now: it is for when there are no descriptors left
         self._reaper = Reaper()
-        self.gates = Gates()
+        self.gates = StartGates()
         self._pidfd = PidfdBackend(self._reaper)
         self._sigchld: SigchldBackend | None = None
         self._checking = False
@@ -131,7 +131,7 @@ class Collector:
                 if source >= SOURCE_GATE_READY:
                     gate = self.gates.find(-pid)
                     if gate is not None:
-                        gate.hear(source == SOURCE_GATE_READY)
+                        gate.on_message(source == SOURCE_GATE_READY)
                         untold.append(gate)
                 elif self.births:
                     self.births -= {birth for birth in self.births if birth.pid == pid}

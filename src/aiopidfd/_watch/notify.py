@@ -8,7 +8,7 @@ from collections import deque
 
 from .child import Child
 from .loop_link import LoopLink
-from .start_gate import Gate
+from .start_gate import StartGate
 
 
 class Ends:
@@ -19,7 +19,7 @@ class Ends:
     def __init__(self, loop: weakref.ReferenceType[asyncio.AbstractEventLoop], link: LoopLink) -> None:
         self._loop = loop
         self._link = link
-        self.untold: deque[Child | Gate] = deque()
+        self.untold: deque[Child | StartGate] = deque()
 
     def tell(self) -> None:
         """Tell all observers, in the loop's thread.

@@ -17,7 +17,7 @@ from .._kernel import reaper, syscalls
 from .birth import end_births
 from .child import Args, Child, Observer, make_child
 from .collector import Collector, by_pid
-from .start_gate import Gate
+from .start_gate import StartGate
 
 _try_add = reaper.try_add
 _CHECK_CHILD = reaper.ADD_CHECK_CHILD
@@ -109,7 +109,7 @@ class Registry(Collector):
         self._check_open()
         return make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
 
-    def fork(self, gate: Gate, live: syscalls.Live, fork: Callable[[], int] | None) -> None:
+    def fork(self, gate: StartGate, live: syscalls.Live, fork: Callable[[], int] | None) -> None:
         """Fork a child that stands at `gate` and calls `live`. Raises as syscalls.fork_child."""
         self.gates.add(gate)
         try:
@@ -123,7 +123,7 @@ class Registry(Collector):
             self.gates.add(gate)
             syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
 
-    def let_out(self, child: Child, gate: Gate) -> bool:
+    def let_out(self, child: Child, gate: StartGate) -> bool:
         """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
         struct = gate.struct
         pid = struct.pid
@@ -137,7 +137,7 @@ class Registry(Collector):
             gate.is_watched = True
             return True
 
-    def kill_forked(self, gate: Gate, observer: Observer) -> bool:
+    def kill_forked(self, gate: StartGate, observer: Observer) -> bool:
         """Kill a forked child that `observer` waits for; return False if it was not watched yet, and is reaped now."""
         with self._lock:
             child = self._children.get(gate.struct.pid)
