@@ -18,10 +18,10 @@ from aiopidfd._kernel.identity import inode_of
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
-from tests.backends.test_lost_status import drain, recycle, thief
 from tests.conftest import BACKENDS as AVAILABLE
 from tests.conftest import LoopFactory, run_on
 from tests.helpers.children import Held, one_held
+from tests.helpers.lost_status import drain, recycle, thief
 
 __all__ = ["recycle", "thief"]  # fixtures
 
