@@ -11,4 +11,4 @@ extern int too_early;
 int too_early;
 
 #define ioctl(fd, request, argument) (too_early > 0 ? (too_early--, errno = ESRCH, -1) : ioctl(fd, request, argument))
-#include "../cffi_build/pidfd.c"
+#include "../../cffi_build/pidfd.c"
