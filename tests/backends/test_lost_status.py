@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 from aiopidfd import ExitStatus, PidfdWatcher, afork, wait
-from aiopidfd._backends import lost_status
-from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.syscalls import can_recover_exit
 
 from ..conftest import LoopFactory, run_on
@@ -192,10 +190,3 @@ async def test_half_of_many_children_are_stolen(backend: str, caplog: pytest.Log
     expected = [number if recovers or not number % 2 else 255 for number in range(150)]
     assert [status.returncode for status in statuses] == expected
     assert len(lost_warnings(caplog)) == (0 if recovers else 75)
-
-
-def test_harmless_handler_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libuv's, which asks for its own children only."""
-    action = "ours, and behind it a handler in /x/site-packages/uvloop/loop.so"
-    monkeypatch.setattr(syscalls, "describe_sigchld", lambda: action)
-    assert "another thread" in lost_status.find_thief()
