@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aiopidfd._programs import births, transport
+from aiopidfd._programs import lifecycle, transport
 
 from .. import conftest
 from ..conftest import LoopFactory, children, open_descriptors, run_on
@@ -117,14 +117,14 @@ async def test_many_programs_at_once_without_a_descriptor_keep_their_returncodes
 async def test_returncode_that_a_thief_takes_without_a_descriptor_is_255(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    observe = births.observe_birth
+    observe = lifecycle.watch_program
 
-    def steal(registry: Any, birth: Any, observer: Any) -> Any:
-        os.waitpid(birth.pid, 0)
-        return observe(registry, birth, observer)
+    def steal(registry: Any, program: Any, observer: Any) -> Any:
+        os.waitpid(program.pid, 0)
+        return observe(registry, program, observer)
 
     await (await start("/bin/true")).wait()
-    monkeypatch.setattr(transport, "observe_birth", steal)
+    monkeypatch.setattr(transport, "watch_program", steal)
     with few_descriptors(0):
         process = await start("/bin/true")
         assert await process.wait() == 255

@@ -10,7 +10,7 @@ from typing import Any
 from .._backends.backend import logger
 from .._kernel.syscalls import OUT_OF_DESCRIPTORS
 from .._watch.registries import registry_of
-from .births import expect_birth, undo_birth
+from .lifecycle import cancel_program, prepare_program
 from .shortage import free_descriptors
 from .spawn import start
 from .transport import SubprocessTransport
@@ -82,16 +82,16 @@ async def _start(
         _refuse_unsupported(kwargs)
     protocol = protocol_factory()
     registry = registry_of(loop)  # fails before there is a process, if it must
-    birth = expect_birth(registry)
+    program = prepare_program(registry)
     process = transport = None
     try:
         try:
-            process = start(birth, args, *streams, **kwargs)
+            process = start(program, args, *streams, **kwargs)
         except OSError as exc:
-            if exc.errno not in OUT_OF_DESCRIPTORS or birth.pid or not free_descriptors(registry):
+            if exc.errno not in OUT_OF_DESCRIPTORS or program.pid or not free_descriptors(registry):
                 raise
-            process = start(birth, args, *streams, **kwargs)
-        transport = SubprocessTransport(loop, registry, protocol, process, birth)
+            process = start(program, args, *streams, **kwargs)
+        transport = SubprocessTransport(loop, registry, protocol, process, program)
         transport._connect()
         if loop.get_debug():
             logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
@@ -106,7 +106,7 @@ async def _start(
     except BaseException:
         # Killed before its pipes are closed, which it might take for a reason to end by itself.
         if transport is None:
-            undo_birth(registry, birth)
+            cancel_program(registry, program)
         else:
             transport._protocol = None  # it knows nothing of the process, and need not hear of its end
             transport._abandon()

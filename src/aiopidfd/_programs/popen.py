@@ -14,7 +14,7 @@ from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
-from .._watch.birth import Birth
+from .._watch.starting import StartingProgram
 from .streams import NeedsPopen, Streams
 
 
@@ -76,12 +76,14 @@ def is_plain() -> bool:
     return True
 
 
-def popen(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+def popen(
+    program: StartingProgram, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any
+) -> subprocess.Popen[bytes]:
     """Start a program by subprocess.Popen, or by what stands in its place, with the arguments that asyncio gives it."""
     keywords = {"shell": False, "universal_newlines": False, "bufsize": 0, **kwargs}
     if not is_plain():
         process: subprocess.Popen[bytes] = subprocess.Popen(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)
-        birth.popen = process
+        program.popen = process
         return process
     # Until Python 3.11.4, when Popen cannot make its second pipe it loses the first, so it is given pipes.
     # https://github.com/python/cpython/issues/87474
@@ -92,7 +94,7 @@ def popen(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwarg
     if streams is not None:
         stdin, stdout, stderr = (None if fd < 0 else fd for fd in streams.child)
     # Known before it has a child, so that an interrupt on the way out of it does not lose that.
-    process = birth.popen = subprocess.Popen.__new__(subprocess.Popen)
+    process = program.popen = subprocess.Popen.__new__(subprocess.Popen)
     try:
         process.__init__(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)  # type: ignore[misc]
         if streams is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .._backends.backend import logger
-from .._watch.birth import Birth
 from .._watch.registry import Registry
+from .._watch.starting import StartingProgram
 
 # Three pipes have six ends, and subprocess.Popen makes one more for errors.
 _ENOUGH = 8
@@ -18,7 +18,7 @@ def free_descriptors(registry: Registry) -> bool:
     freed = 0
     with registry._lock:
         for child in tuple(registry._children.values()):
-            if freed < _ENOUGH and isinstance(child._key, Birth) and not (child.peek or child.stranger):
+            if freed < _ENOUGH and isinstance(child._key, StartingProgram) and not (child.peek or child.stranger):
                 freed += registry.watch_by_sigchld(child)
     if freed:
         logger.info("watching %d running programs by SIGCHLD, since there are no descriptors left for another one", freed)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._backends.backend import logger
 from .._kernel import syscalls
-from .._watch.birth import Birth
+from .._watch.starting import StartingProgram
 from .popen import PythonsPopen, is_plain, popen
 from .streams import INHERITED, NeedsPopen, Streams, descriptor
 
@@ -28,21 +28,23 @@ _clone_errno: int | None = None
 _NOT_TO_BE_HAD = syscalls.FORBIDDEN | {errno.EINVAL}
 
 
-def start(birth: Birth, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
-    """Start a program as `subprocess.Popen(args, ...)` does, which raises what goes wrong. `birth` has its pid then."""
-    if birth.reaper_fd >= 0 and kwargs.keys() <= _PLAIN and _clone_errno in (None, 0) and is_plain():
+def start(
+    program: StartingProgram, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any
+) -> subprocess.Popen[bytes]:
+    """Start a program as `subprocess.Popen(args, ...)` does, which raises what goes wrong. `program` has its pid then."""
+    if program.reaper_fd >= 0 and kwargs.keys() <= _PLAIN and _clone_errno in (None, 0) and is_plain():
         try:
-            process = _spawn(birth, args, stdin, stdout, stderr, **kwargs)
+            process = _spawn(program, args, stdin, stdout, stderr, **kwargs)
         except NeedsPopen:
             pass
         else:
             if process is not None:
                 return process
-    return popen(birth, args, stdin, stdout, stderr, **kwargs)
+    return popen(program, args, stdin, stdout, stderr, **kwargs)
 
 
 def _spawn(
-    birth: Birth,
+    program: StartingProgram,
     args: Any,
     stdin: Any,
     stdout: Any,
@@ -86,8 +88,8 @@ def _spawn(
     streams = INHERITED if stdin is stdout is stderr is None else Streams(stdin, stdout, stderr)
     try:
         code, step = syscalls.spawn(
-            birth.struct,
-            birth.reaper_fd,
+            program.struct,
+            program.reaper_fd,
             paths,
             encoded_argv,
             env=encoded_env,
@@ -105,7 +107,7 @@ def _spawn(
         streams.close_childs()
     if code == 0:
         _note_clone(0)
-        return _Process(args, birth.struct.pid, streams)
+        return _Process(args, program.struct.pid, streams)
     streams.close_ours()
     if step == syscalls.STEP_PARENT:
         if code in _NOT_TO_BE_HAD:

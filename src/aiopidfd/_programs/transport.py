@@ -15,11 +15,11 @@ from .._backends.backend import logger
 from .._backends.lost_status import warn_lost
 from .._backends.orphans import ENDED
 from .._kernel.exit_status import ExitStatus
-from .._watch.birth import Birth
 from .._watch.child import Child
 from .._watch.loop_link import can_nest
 from .._watch.registry import Registry
-from .births import kill, observe_birth
+from .._watch.starting import StartingProgram
+from .lifecycle import kill, watch_program
 from .pipes import ReadPipeTransport, WritePipeTransport, take_over
 
 
@@ -44,7 +44,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         registry: Registry,
         protocol: asyncio.SubprocessProtocol,
         process: subprocess.Popen[bytes],
-        birth: Birth,
+        program: StartingProgram,
     ) -> None:
         super().__init__({"subprocess": process})
         self._loop = loop
@@ -60,7 +60,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._pipes: dict[int, _PipeProtocol] = {}
         self._child: Child | None = None
         try:
-            self._child = observe_birth(registry, birth, self._process_exited)
+            self._child = watch_program(registry, program, self._process_exited)
         except (ProcessLookupError, ChildProcessError):
             # Somebody else has reaped it between its birth and our pidfd_open.
             if process.returncode is None:

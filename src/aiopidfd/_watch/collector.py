@@ -33,11 +33,11 @@ from .._kernel.reaper import (
     Reaper,
     Record,
 )
-from .birth import Birth
 from .child import Child
 from .loop_link import LoopLink
 from .notify import Ends
 from .start_gate import StartGates
+from .starting import StartingProgram
 
 # How many batches one call of the loop reaps and tells of at most, before others have their turn.
 _BATCHES = 4
@@ -74,7 +74,7 @@ class Collector:
         self.contexts: dict[int, Context] = {}  # those of transports, by their id: here, so that they go with the loop
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
-        self.births: set[Birth] = set()
+        self.starting: set[StartingProgram] = set()
         syscalls.open_sigchld()  # now: it is for when there are no descriptors left
         self._reaper = Reaper()
         self.gates = StartGates()
@@ -133,8 +133,8 @@ class Collector:
                     if gate is not None:
                         gate.on_message(source == SOURCE_GATE_READY)
                         untold.append(gate)
-                elif self.births:
-                    self.births -= {birth for birth in self.births if birth.pid == pid}
+                elif self.starting:
+                    self.starting -= {program for program in self.starting if program.pid == pid}
                 continue  # else unobserved since by a signal handler; or noted already, before an interrupt
             if source == pending:
                 if child.stranger:

@@ -14,10 +14,10 @@ from .._backends.backend import Backend, Choice, choose, decision, is_forbidden,
 from .._backends.orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
 from .._backends.sigchld_backend import abandon, claim, is_used
 from .._kernel import reaper, syscalls
-from .birth import end_births
 from .child import Args, Child, Observer, make_child
 from .collector import Collector, by_pid
 from .start_gate import StartGate
+from .starting import kill_unwatched
 
 _try_add = reaper.try_add
 _CHECK_CHILD = reaper.ADD_CHECK_CHILD
@@ -305,7 +305,7 @@ class Registry(Collector):
                     child.orphan = Orphan(child.pid, child.pidfd)
             children = list(self._children.values())
             left = [child.pid for child in children if not (child.peek or child.stranger)]
-            left += end_births(self.births)
+            left += kill_unwatched(self.starting)
             self._reaper.close()
             if self._sigchld is not None:
                 self._sigchld.close()

@@ -17,7 +17,7 @@ import pytest
 
 import aiopidfd
 from aiopidfd._kernel import syscalls
-from aiopidfd._programs import births, loop_methods
+from aiopidfd._programs import lifecycle, loop_methods
 from aiopidfd._programs import spawn as spawning
 from aiopidfd._watch.registries import registry_of
 from aiopidfd._watch.registry import Registry
@@ -67,7 +67,7 @@ class Tracer:
         return self._trace
 
     def _trace(self, frame: Any, event: str, arg: object) -> Any:
-        self._is_born = self._is_born or any(birth.pid for birth in self._registry.births)
+        self._is_born = self._is_born or any(program.pid for program in self._registry.starting)
         if event == "opcode" and self._is_born and not self._is_done:
             if self._left == 0:
                 self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
@@ -122,7 +122,7 @@ def test_interrupt_at_any_place_leaves_nothing(loop_factory: LoopFactory, locks_
         place += 1
     assert place > 100
     assert any(where.startswith("spawn,") for where in places)
-    assert any(where.startswith("observe_birth,") for where in places)
+    assert any(where.startswith("watch_program,") for where in places)
 
 
 def patch_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ async def test_interrupt_of_the_undoing_leaves_nothing_once_the_loop_is_closed(
 ) -> None:
     """As two Ctrl+C in a row: nobody watches it then, and the fixture finds what is left after the loop is closed."""
     patch_process(monkeypatch)
-    monkeypatch.setattr(loop_methods, "undo_birth", interrupt)
+    monkeypatch.setattr(loop_methods, "cancel_program", interrupt)
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/sleep", "1000")
     assert len(children()) == 1
@@ -183,12 +183,12 @@ async def test_program_that_ends_after_two_interrupts_is_reaped_and_forgotten(
 ) -> None:
     """Its number, and that of its pidfd, may be another's by the time the loop is closed."""
     patch_process(monkeypatch)
-    monkeypatch.setattr(loop_methods, "undo_birth", interrupt)
+    monkeypatch.setattr(loop_methods, "cancel_program", interrupt)
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/true")
     while children():
         await asyncio.sleep(0)
-    assert registry_of(asyncio.get_running_loop()).births == set()
+    assert registry_of(asyncio.get_running_loop()).starting == set()
     assert pidfds() == []
 
 
@@ -245,8 +245,8 @@ async def test_program_that_cannot_be_watched_is_ended_by_pidfd_alone(
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(12, "no memory")
 
-    monkeypatch.setattr(births, "observe_birth", fail)
-    monkeypatch.setattr("aiopidfd._programs.transport.observe_birth", fail)
+    monkeypatch.setattr(lifecycle, "watch_program", fail)
+    monkeypatch.setattr("aiopidfd._programs.transport.watch_program", fail)
     with pytest.raises(OSError, match="no memory"):
         await asyncio.create_subprocess_exec("/bin/sleep", "1000", **keywords)
     assert signalled_by_pid == []
@@ -259,15 +259,15 @@ async def test_program_that_was_reaped_by_others_and_cannot_be_watched_is_not_si
 ) -> None:
     """Its number may be anybody's."""
 
-    def steal(registry: Registry, birth: Any, observer: Any) -> None:
-        os.waitpid(birth.pid, 0)
+    def steal(registry: Registry, program: Any, observer: Any) -> None:
+        os.waitpid(program.pid, 0)
         raise OSError(12, "no memory")
 
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(12, "no memory")
 
-    monkeypatch.setattr("aiopidfd._programs.transport.observe_birth", steal)
-    monkeypatch.setattr(births, "observe_birth", fail)
+    monkeypatch.setattr("aiopidfd._programs.transport.watch_program", steal)
+    monkeypatch.setattr(lifecycle, "watch_program", fail)
     with pytest.raises(OSError, match="no memory"):
         await asyncio.create_subprocess_exec("/bin/true", **keywords)
     assert signalled_by_pid == []

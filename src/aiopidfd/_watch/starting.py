@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 
-class Birth:
+class StartingProgram:
     """One program that is being started. It is the key under which its transport observes it."""
 
     __slots__ = ("popen", "reaper_fd", "struct")
@@ -42,16 +42,16 @@ class Birth:
         return int(self.struct.pidfd) if self.struct.pid else -1
 
 
-def make_birth(reaper_fd: int) -> Birth:
+def make_starting_program(reaper_fd: int) -> StartingProgram:
     """Make one. Not by an __init__, as a Child."""
-    birth = Birth()
-    birth.reaper_fd = reaper_fd
-    birth.struct = syscalls.new_birth()
-    birth.popen = None
-    return birth
+    program = StartingProgram()
+    program.reaper_fd = reaper_fd
+    program.struct = syscalls.new_birth()
+    program.popen = None
+    return program
 
 
-def by(pid: int, pidfd: int) -> tuple[int, int]:
+def wait_target(pid: int, pidfd: int) -> tuple[int, int]:
     """Return what waitid(2) is to wait for: the pidfd, or if that is -1 the pid."""
     return (syscalls.P_PIDFD, pidfd) if pidfd >= 0 else (syscalls.P_PID, pid)
 
@@ -69,16 +69,16 @@ def kill_unreaped(pid: int, pidfd: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def end_births(births: set[Birth]) -> list[int]:
+def kill_unwatched(programs: set[StartingProgram]) -> list[int]:
     """Kill what was started, and then interrupted twice, so that nobody watches it; return what is to be reaped."""
     left = []
-    while births:
-        birth = births.pop()
-        if birth.pid:
-            left.append(birth.pid)
+    while programs:
+        program = programs.pop()
+        if program.pid:
+            left.append(program.pid)
             with contextlib.suppress(OSError):  # ECHILD, ESRCH: it is gone; EPERM: it runs as another user
-                syscalls.wait_id(*by(birth.pid, birth.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                kill_unreaped(birth.pid, birth.pidfd)
-            if birth.pidfd >= 0:
-                syscalls.close_owned(birth.pidfd)
+                syscalls.wait_id(*wait_target(program.pid, program.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                kill_unreaped(program.pid, program.pidfd)
+            if program.pidfd >= 0:
+                syscalls.close_owned(program.pidfd)
     return left

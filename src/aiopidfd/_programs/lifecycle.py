@@ -10,53 +10,54 @@ from typing import TYPE_CHECKING
 from .._backends.backend import choose, logger
 from .._kernel import syscalls
 from .._kernel.exit_status import ExitStatus
-from .._watch.birth import Birth, by, kill_unreaped, make_birth
 from .._watch.child import Child, Observer
 from .._watch.registry import Registry
+from .._watch.starting import StartingProgram, kill_unreaped, make_starting_program, wait_target
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
 
-def expect_birth(registry: Registry) -> Birth:
-    """Return what is to become a program, which `observe_birth` observes then."""
-    birth = make_birth(registry._reaper.fd if choose("auto") == "pidfd" else -1)
-    registry.births.add(birth)
-    return birth
+def prepare_program(registry: Registry) -> StartingProgram:
+    """Return what is to become a program, which `watch_program` observes then."""
+    program = make_starting_program(registry._reaper.fd if choose("auto") == "pidfd" else -1)
+    registry.starting.add(program)
+    return program
 
 
-def observe_birth(registry: Registry, birth: Birth, observer: Observer) -> Child:
+def watch_program(registry: Registry, program: StartingProgram, observer: Observer) -> Child:
     """Observe a program that was started; once more, to have another observer. Raises as Registry.observe."""
-    pid, popen = birth.pid, birth.popen
+    pid, popen = program.pid, program.popen
     # What stands in for Popen may make numbers up.
     is_new = popen is None or type(popen).__module__ == "subprocess"
-    if is_new and birth in registry.births:
+    if is_new and program in registry.starting:
         registry.take_number(pid)
     with registry._lock:
-        registry.births.discard(birth)
+        registry.starting.discard(program)
         child = registry._children.get(pid)
-        if child is not None and child.remove_observer(birth):
-            child.add_observer(birth, observer, None, None)
-        elif birth.struct.held:
-            child = registry.observe_spawned(pid, birth.struct.pidfd, birth, observer)
+        if child is not None and child.remove_observer(program):
+            child.add_observer(program, observer, None, None)
+        elif program.struct.held:
+            child = registry.observe_spawned(pid, program.struct.pidfd, program, observer)
         else:
-            child = registry.observe(pid, birth, observer, pidfd=birth.pidfd, new=is_new)
+            child = registry.observe(pid, program, observer, pidfd=program.pidfd, new=is_new)
     if popen is not None:
         popen._child_created = False  # type: ignore[attr-defined] # as in spawn._Process
     return child
 
 
-def undo_birth(registry: Registry, birth: Birth) -> None:
+def cancel_program(registry: Registry, program: StartingProgram) -> None:
     """Kill a program whose caller gets an error instead. The registry reaps it, if it can watch it; else we do, now."""
-    if not birth.pid or getattr(birth.popen, "returncode", None) is not None:  # Popen reaps a child that it cannot give us
-        registry.births.discard(birth)
+    # A Popen that has a returncode has reaped a child that it cannot hand over.
+    if not program.pid or getattr(program.popen, "returncode", None) is not None:
+        registry.starting.discard(program)
         return
     try:
-        child = observe_birth(registry, birth, _ignore)
+        child = watch_program(registry, program, _ignore)
     except (ProcessLookupError, ChildProcessError):  # somebody else has reaped it
         return
     except OSError:
-        _kill_and_reap(birth)
+        _kill_and_reap(program)
         return
     kill(registry, child)
 
@@ -66,7 +67,7 @@ def kill(registry: Registry, child: Child) -> None:
     with registry._lock:  # so that nobody closes the pidfd meanwhile
         try:
             if registry.send_signal(child, signal.SIGKILL) is None:
-                syscalls.wait_id(*by(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
+                syscalls.wait_id(*wait_target(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
         except PermissionError:  # it runs as another user now, and stays watched
             logger.warning("cannot kill process %d: it runs as another user", child.pid)
         except ChildProcessError:  # somebody else has reaped it
@@ -77,20 +78,20 @@ def _ignore(status: ExitStatus) -> None:
     """Observe a program that nobody waits for."""
 
 
-def _kill_and_reap(birth: Birth) -> None:
+def _kill_and_reap(program: StartingProgram) -> None:
     """Kill and reap a program that cannot be watched."""
-    popen = birth.popen
+    popen = program.popen
     if popen is not None and getattr(type(popen).kill, "__module__", None) != "subprocess":
         _kill_by_popen(popen)  # whatever stands in for it knows what there is to kill
         return
-    pid, pidfd = birth.pid, birth.pidfd
+    pid, pidfd = program.pid, program.pidfd
     if pidfd < 0:
         with contextlib.suppress(OSError):  # EMFILE, ENFILE; or pidfds are forbidden; or (ESRCH) it is gone, as we shall see
             pidfd = syscalls.open_pidfd(pid)
     try:
-        syscalls.wait_id(*by(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
+        syscalls.wait_id(*wait_target(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
         kill_unreaped(pid, pidfd)
-        ended = syscalls.wait_id(*by(pid, pidfd), os.WEXITED)
+        ended = syscalls.wait_id(*wait_target(pid, pidfd), os.WEXITED)
         status = ExitStatus(pid, ended.status if ended else 0, "reaped")
     except ChildProcessError:
         status = ExitStatus(pid, 0, "lost")
