@@ -21,7 +21,10 @@ from ..helpers.seccomp import NESTED, NO_PIDFDS, installing, python_under_filter
 
 BACKENDS = ["sigchld"]  # for conftest: each test chooses by itself
 
-CORE = ["loops/test_watcher.py", "loops/test_wait.py", "fork/test_fork.py", "fork/test_process.py", "fork/test_child.py"]
+CORE = [
+    *("loops/test_watcher.py", "loops/test_watcher_errors.py", "loops/test_watcher_loops.py", "loops/test_wait.py"),
+    *("fork/test_fork.py", "fork/test_process.py", "fork/test_child.py"),
+]
 
 # The rest of the suite runs under one filter; a second one on top of it would test nothing more.
 pytestmark = pytest.mark.skipif(NESTED in os.environ, reason="runs under a filter already")

@@ -1,20 +1,11 @@
-"""What our code holds true of Linux, and since when, held against the kernel that runs: tests/kernels/run boots several."""
+"""What our code claims about Linux, and since which version: each claim is tried on the kernel that runs."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import errno
-import fcntl
 import logging
 import os
 import re
-import select
-import signal
-import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +13,9 @@ import pytest
 
 import aiopidfd
 from aiopidfd import wait
-from aiopidfd._kernel import syscalls
-from aiopidfd._kernel.threads import count_threads
 
-from ..helpers.children import held, one_held
-from ..helpers.seccomp import compile_c
+from ..helpers.children import held
+from . import answers
 
 BACKENDS = ["pidfd"]  # for conftest: the other one rests on nothing of all this
 
@@ -48,290 +37,6 @@ def is_filtered() -> bool:
 
 pytestmark = pytest.mark.skipif(is_filtered(), reason="a seccomp filter may answer for the kernel")
 
-CLONE_PIDFD = 0x1000
-CLONE_CLEAR_SIGHAND = 0x100000000
-SYS_IO_URING_SETUP = 425  # on every architecture but alpha, as the next
-SYS_CLOSE_RANGE = 436
-
-# Each claim is tried by a function that returns the kernel's answer: "yes", the name of an errno, or what it is.
-
-
-def answer(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except OSError as exc:
-        return errno.errorcode[exc.errno or 0]
-    return "yes"
-
-
-def clone3(flags: int = 0, exit_signal: int = signal.SIGCHLD) -> tuple[int, int]:
-    """The pid and pidfd of a new child, which exits with 1 if SIGUSR1 has a handler in it."""
-    library = ctypes.CDLL(str(compile_c("../kernels/since.c", "-shared", "-fPIC")))
-    library.since_clone3.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
-    pidfd = ctypes.c_int(-1)
-    pid = library.since_clone3(flags | CLONE_PIDFD, exit_signal, ctypes.byref(pidfd))
-    if pid < 0:
-        raise OSError(-pid, os.strerror(-pid))
-    return pid, pidfd.value
-
-
-def reap(pidfd: int) -> int:
-    """Wait for the child, of whatever kind, and close its pidfd; return its wait status."""
-    try:
-        ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED)
-    finally:
-        os.close(pidfd)
-    assert ended is not None
-    return ended.status
-
-
-def signals_by_pidfd() -> str:
-    with one_held() as child:
-        pidfd = syscalls.open_pidfd(child.pid)
-        said = answer(lambda: syscalls.send_signal(pidfd, signal.SIGTERM))
-        assert said != "yes" or reap(pidfd) == signal.SIGTERM
-    return said
-
-
-def clones_with_pidfd() -> str:
-    return answer(syscalls.can_recover_exit)
-
-
-def opens_pidfd() -> str:
-    return answer(lambda: os.close(syscalls.open_pidfd(os.getpid())))
-
-
-def clones_by_clone3() -> str:
-    return answer(lambda: reap(clone3()[1]))
-
-
-def polls_zombie() -> str:
-    """What an edge-triggered epoll, inside another one as a loop has it, says of a child: at first, as a zombie, reaped."""
-    said = []
-    with one_held() as child, select.epoll() as reaper, select.epoll() as loop:
-        pidfd = syscalls.open_pidfd(child.pid)
-        reaper.register(pidfd, select.EPOLLIN | select.EPOLLET)
-        loop.register(reaper, select.EPOLLIN)
-
-        def look() -> None:
-            woken = [fd for fd, _ in loop.poll(0)] == [reaper.fileno()]
-            events = dict(reaper.poll(0)).get(pidfd, 0)
-            assert woken is (events != 0)
-            said.append({0: "-", select.EPOLLIN: "IN", select.EPOLLIN | select.EPOLLHUP: "IN|HUP"}[events])
-
-        look()
-        child.end_unreaped(0)
-        look()
-        look()
-        os.waitpid(child.pid, 0)
-        look()
-        os.close(pidfd)
-    return " ".join(said)
-
-
-def waits_by_pidfd() -> str:
-    def peek_and_reap() -> None:
-        with one_held() as child:
-            pidfd = syscalls.open_pidfd(child.pid)
-            try:
-                assert syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None
-                child.end_unreaped(3)
-                for options in (os.WNOWAIT, os.WNOWAIT, 0):
-                    ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | options)
-                    assert ended is not None
-                    assert (ended.pid, ended.status) == (child.pid, 3 << 8)
-                    assert any(ended.rusage)
-                assert answer(lambda: syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)) == "ECHILD"
-            finally:
-                os.close(pidfd)
-
-    return answer(peek_and_reap)
-
-
-def clears_handlers() -> str:
-    statuses = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    try:
-        said = answer(lambda: statuses.extend([reap(clone3()[1]), reap(clone3(CLONE_CLEAR_SIGHAND)[1])]))
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert said != "yes" or statuses == [1 << 8, 0]
-    return said
-
-
-def closes_range() -> str:
-    read, write = os.pipe()
-    os.close(write)
-    call = ctypes.CDLL(None, use_errno=True).syscall
-    if call(SYS_CLOSE_RANGE, read, read, 0) == 0:
-        assert answer(lambda: fcntl.fcntl(read, fcntl.F_GETFD)) == "EBADF"
-        return "yes"
-    os.close(read)
-    return errno.errorcode[ctypes.get_errno()]
-
-
-def lists_worker_of_io_uring() -> str:
-    """Whether the kernel lists a worker of io_uring's among the threads of the process; the other kind is none."""
-
-    def threads() -> int:
-        return len(os.listdir("/proc/self/task"))
-
-    before = threads()
-    parameters = struct.pack("30I", 0, 0, 2, *[0] * 27)  # IORING_SETUP_SQPOLL: a worker at once
-    ring = ctypes.CDLL(None, use_errno=True).syscall(SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(parameters))
-    if ring < 0:
-        pytest.skip(f"this process may not have an io_uring: {os.strerror(ctypes.get_errno())}")
-    try:
-        said = {0: "not listed", 1: "listed"}[threads() - before]
-        eventually(lambda: count_threads() == before)  # it gives itself the name by which we know it
-        assert threads() - before == (said == "listed")
-    finally:
-        os.close(ring)
-    eventually(lambda: threads() == before)
-    return said
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def signals_group() -> str:
-    read, write = os.pipe()
-    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "read x"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)], setpgroup=0)
-    os.close(read)
-    pidfd = syscalls.open_pidfd(pid)
-    said = answer(lambda: syscalls.send_signal(pidfd, signal.SIGTERM, syscalls.PIDFD_SIGNAL_PROCESS_GROUP))
-    os.close(write)
-    status = reap(pidfd)
-    assert status == (signal.SIGTERM if said == "yes" else 1 << 8)
-    return said
-
-
-def tells_exit() -> str:
-    """What PIDFD_GET_INFO tells of a child that somebody else has reaped."""
-    with one_held() as child:
-        pidfd = syscalls.open_pidfd(child.pid)
-        child.end_unreaped(3)
-        os.waitpid(child.pid, 0)
-        told: list[int | None] = []
-        said = answer(lambda: told.append(syscalls.get_exit(pidfd)))
-        os.close(pidfd)
-    assert said != "yes" or told == [3 << 8]
-    return said
-
-
-def tells_exit_of_zombie() -> str:
-    with one_held() as child:
-        pidfd = syscalls.open_pidfd(child.pid)
-        child.end_unreaped(3)
-        told: list[int | None] = []
-        said = answer(lambda: told.append(syscalls.get_exit(pidfd)))
-        os.close(pidfd)
-    return "not yet" if told == [None] else said
-
-
-# What holds on every kernel that we run on, and that all versions must agree in.
-
-
-def keeps_child_without_signal() -> str:
-    """A child without an exit signal is shown to those only who ask with __WALL, and not reaped where SIGCHLD is ignored."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    try:
-        _, pidfd = clone3(exit_signal=0)
-        hidden = answer(lambda: os.waitpid(-1, os.WNOHANG))
-        assert reap(pidfd) == 0
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-    return "kept" if hidden == "ECHILD" else hidden
-
-
-def sibling_has_signal_of_its_maker() -> str:
-    """What a process without an exit signal makes by CLONE_PARENT has none either: a fork server's workers."""
-    made = ctypes.CDLL(str(compile_c("../kernels/since.c", "-shared", "-fPIC"))).since_sibling()
-    assert made == 0, os.strerror(-made)
-    hidden = answer(lambda: os.waitpid(-1, os.WNOHANG))
-    os.waitpid(-1, 0x40000000)  # __WALL
-    return "none" if hidden == "ECHILD" else hidden
-
-
-def pidfd_of_reaped() -> str:
-    """What opening and signalling it answer once it is gone; as a zombie it can be opened and signalled."""
-    with one_held() as child:
-        child.end_unreaped(0)
-        pidfd = syscalls.open_pidfd(child.pid)
-        syscalls.send_signal(pidfd, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-        answers = {answer(lambda: syscalls.send_signal(pidfd, 0)), answer(lambda: syscalls.open_pidfd(child.pid))}
-        os.close(pidfd)
-    return " ".join(answers)
-
-
-def traced_child_is_hidden() -> str:
-    """What waitid says of our child while a foreign tracer has not yet let go of it, although its pidfd is readable."""
-    tracer = """
-import ctypes, os, sys
-libc, pid = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])
-if libc.ptrace(0x4206, pid, None, None):  # PTRACE_SEIZE
-    print(os.strerror(ctypes.get_errno()), flush=True)
-else:
-    print("tracing", flush=True)
-    sys.stdin.read()
-    os.waitpid(pid, 0x40000000)
-"""
-    with one_held() as child:
-        pidfd = syscalls.open_pidfd(child.pid)
-        command = [sys.executable, "-c", tracer, str(child.pid)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdin is not None
-            said = process.stdout.readline().strip()
-            if said == "tracing":
-                child.end(3)
-                select.select([pidfd], [], [])
-                found = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-                said = "nothing" if found is None else f"status {found.status}"
-            process.stdin.close()
-            process.wait()
-        if said == "nothing":
-            assert reap(pidfd) == 3 << 8
-        else:
-            os.close(pidfd)
-    if said == os.strerror(errno.EPERM):
-        pytest.skip("this process may not trace another one")
-    return said
-
-
-def epoll_is_shared_after_fork() -> str:
-    """Whose list it is that a forked child changes in an inherited epoll descriptor."""
-    read, write = os.pipe()
-    with select.epoll() as epoll:
-        pid = os.fork()
-        if pid == 0:
-            epoll.register(read, select.EPOLLIN)
-            os._exit(0)
-        os.waitpid(pid, 0)
-        os.write(write, b"x")
-        found = [fd for fd, _ in epoll.poll(0)]
-    os.close(read)
-    os.close(write)
-    return "its parent's too" if found == [read] else "its own"
-
-
-def counts_descriptors() -> str:
-    """What the size of /proc/self/fd is."""
-    copies = [os.dup(0) for _ in range(3)]
-    try:
-        size = os.stat("/proc/self/fd").st_size
-        open_now = len(os.listdir("/proc/self/fd")) - 1  # without the one that it is listed by
-    finally:
-        for fd in copies:
-            os.close(fd)
-    return "how many are open" if size == open_now else str(size)
-
-
 ALWAYS = (0, 0)
 
 
@@ -340,44 +45,44 @@ def since(major: int, minor: int, *, before: str, then: str = "yes") -> dict[tup
 
 
 CLAIMS: dict[str, tuple[Callable[[], str], dict[tuple[int, int], str]]] = {
-    "pidfd_send_signal": (signals_by_pidfd, since(5, 1, before="ENOSYS")),
-    "clone(CLONE_PIDFD)": (clones_with_pidfd, since(5, 2, before="ENOSYS")),
-    "pidfd_open": (opens_pidfd, since(5, 3, before="ENOSYS")),
-    "clone3": (clones_by_clone3, since(5, 3, before="ENOSYS")),
-    "waitid(P_PIDFD)": (waits_by_pidfd, since(5, 4, before="EINVAL")),
-    "CLONE_CLEAR_SIGHAND": (clears_handlers, since(5, 5, before="EINVAL")),
-    "close_range": (closes_range, since(5, 9, before="ENOSYS")),
+    "pidfd_send_signal": (answers.signals_by_pidfd, since(5, 1, before="ENOSYS")),
+    "clone(CLONE_PIDFD)": (answers.clones_with_pidfd, since(5, 2, before="ENOSYS")),
+    "pidfd_open": (answers.opens_pidfd, since(5, 3, before="ENOSYS")),
+    "clone3": (answers.clones_by_clone3, since(5, 3, before="ENOSYS")),
+    "waitid(P_PIDFD)": (answers.waits_by_pidfd, since(5, 4, before="EINVAL")),
+    "CLONE_CLEAR_SIGHAND": (answers.clears_handlers, since(5, 5, before="EINVAL")),
+    "close_range": (answers.closes_range, since(5, 9, before="ENOSYS")),
     "worker of io_uring": (
-        lists_worker_of_io_uring,
+        answers.lists_worker_of_io_uring,
         # 5.10.162 has taken over the io_uring of 5.15.
         {ALWAYS: "not listed", (5, 10): "listed", (5, 11): "not listed", (5, 12): "listed"},
     ),
     "polled: running, zombie, again, reaped": (
-        polls_zombie,
+        answers.polls_zombie,
         {(5, 3): "- IN - -", (6, 9): "- IN - IN|HUP"},
     ),
-    "PIDFD_SIGNAL_PROCESS_GROUP": (signals_group, since(6, 9, before="EINVAL")),
+    "PIDFD_SIGNAL_PROCESS_GROUP": (answers.signals_group, since(6, 9, before="EINVAL")),
     "PIDFD_INFO_EXIT of reaped": (
-        tells_exit,
+        answers.tells_exit,
         {ALWAYS: "ENOTTY", (6, 11): "EINVAL", (6, 13): "ESRCH", (6, 15): "yes"},
     ),
     "PIDFD_INFO_EXIT of zombie": (
-        tells_exit_of_zombie,
+        answers.tells_exit_of_zombie,
         {ALWAYS: "ENOTTY", (6, 11): "EINVAL", (6, 13): "not yet"},
     ),
-    "child without exit signal": (keeps_child_without_signal, {ALWAYS: "kept"}),
-    "exit signal of CLONE_PARENT": (sibling_has_signal_of_its_maker, {ALWAYS: "none"}),
-    "calls on a reaped process": (pidfd_of_reaped, {ALWAYS: "ESRCH"}),
-    "waitid on a traced zombie": (traced_child_is_hidden, {ALWAYS: "nothing"}),
-    "size of /proc/self/fd": (counts_descriptors, since(6, 2, before="0", then="how many are open")),
-    "epoll after fork": (epoll_is_shared_after_fork, {ALWAYS: "its parent's too"}),
+    "child without exit signal": (answers.keeps_child_without_signal, {ALWAYS: "kept"}),
+    "exit signal of CLONE_PARENT": (answers.sibling_has_signal_of_its_maker, {ALWAYS: "none"}),
+    "calls on a reaped process": (answers.pidfd_of_reaped, {ALWAYS: "ESRCH"}),
+    "waitid on a traced zombie": (answers.traced_child_is_hidden, {ALWAYS: "nothing"}),
+    "size of /proc/self/fd": (answers.counts_descriptors, since(6, 2, before="0", then="how many are open")),
+    "epoll after fork": (answers.epoll_is_shared_after_fork, {ALWAYS: "its parent's too"}),
 }
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_running_kernel_does_what_is_claimed_of_its_version(claim: str) -> None:
-    check, answers = CLAIMS[claim]
-    expected = answers[max(version for version in answers if version <= RUNNING)]
+    check, by_version = CLAIMS[claim]
+    expected = by_version[max(version for version in by_version if version <= RUNNING)]
     said = check()
     print(f"{claim}: {said}")
     assert said == expected
@@ -386,10 +91,10 @@ def test_running_kernel_does_what_is_claimed_of_its_version(claim: str) -> None:
 def test_every_version_that_the_sources_name_is_claimed_here() -> None:
     folders = [Path(aiopidfd.__file__).parent, Path(__file__).parents[2] / "cffi_build"]
     named: dict[tuple[int, int], str] = {}
-    for path in [path for folder in folders for path in folder.glob("*.[pch]*") if path.suffix in (".py", ".c", ".h")]:
+    for path in [path for folder in folders for path in folder.rglob("*.[pch]*") if path.suffix in (".py", ".c", ".h")]:
         for release in re.findall(r"Linux (?:before )?(\d+\.\d+)", path.read_text(encoding="utf-8")):
             named[version_of(release)] = path.name
-    claimed = {version for _, answers in CLAIMS.values() for version in answers}
+    claimed = {version for _, by_version in CLAIMS.values() for version in by_version}
     assert named
     assert {version: name for version, name in named.items() if version not in claimed} == {}
 
