@@ -18,6 +18,10 @@ WINGS = ["_kernel", "_backends", "_watch", "_programs", "_loops", "_fork", "_for
 AT_THE_TOP = {"__init__", "__main__"}
 
 PACKAGE = Path(aiopidfd.__file__).parent
+TESTS = Path(__file__).resolve().parent
+
+# tests/ has a folder for each wing, and these.
+OTHER_TESTS = {"conformance", "helpers", "kernels", "mutations", "stress"}
 
 
 def find_modules(folder: Path) -> dict[str, Path]:
@@ -98,6 +102,16 @@ def test_wing_has_at_most_ten_modules_and_says_what_it_promises(wing: str) -> No
     body = ast.parse((PACKAGE / wing / "__init__.py").read_text(encoding="utf-8")).body
     assert len(body) == 1
     assert isinstance(body[0], ast.Expr)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_wing_has_its_folder_in_tests(wing: str) -> None:
+    assert list((TESTS / wing.lstrip("_")).glob("test_*.py"))
+
+
+def test_tests_have_no_folder_but_those_of_wings_and_a_few_others() -> None:
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))}
+    assert folders == {wing.lstrip("_") for wing in WINGS} | OTHER_TESTS
 
 
 BROKEN = {
