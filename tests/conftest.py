@@ -81,7 +81,7 @@ def chosen_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(ENVIRONMENT, callspec.params["backend"])
     # Nothing is decided yet. Modules have the object, so it stays.
     monkeypatch.setattr(decision, "name", None)
-    monkeypatch.setattr(decision, "told", set())
+    monkeypatch.setattr(decision, "logged", set())
 
 
 def _loop_factory(kind: str) -> LoopFactory:

@@ -123,19 +123,19 @@ class Decision:
 
     def __init__(self) -> None:
         self.name: BackendName | None = None
-        self.told: set[BackendName] = set()
+        self.logged: set[BackendName] = set()
 
     def make(self) -> BackendName:
         """Decide, and log it."""
         require(environment())
         self.name, reason = decide()
-        self.tell(self.name, reason)
+        self.log(self.name, reason)
         return self.name
 
-    def tell(self, name: BackendName, reason: str) -> None:
+    def log(self, name: BackendName, reason: str) -> None:
         """Log, once for each backend, that it is used, and why."""
-        if name not in self.told:
-            self.told.add(name)
+        if name not in self.logged:
+            self.logged.add(name)
             logger.info("watching children by %s: %s", name, reason)
 
 
@@ -146,8 +146,8 @@ def choose(choice: Choice) -> BackendName:
     """Return the backend to try first for a child. OSError: the environment insists on pidfds, and they are forbidden."""
     if choice == "auto":
         return decision.name or decision.make()
-    if choice not in decision.told:
-        decision.tell(choice, f"backend={choice!r} says so")
+    if choice not in decision.logged:
+        decision.log(choice, f"backend={choice!r} says so")
     return choice
 
 

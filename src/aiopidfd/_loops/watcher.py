@@ -178,11 +178,11 @@ async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
     registry = registry_of(loop)
     ended: asyncio.Future[ExitStatus] = loop.create_future()
 
-    def tell(status: ExitStatus) -> None:
+    def set_result(status: ExitStatus) -> None:
         if not ended.done():
             ended.set_result(status)
 
-    registry.observe(pid, ended, tell, reap=reap, stranger=True)
+    registry.observe(pid, ended, set_result, reap=reap, stranger=True)
     try:
         return await ended
     finally:

@@ -26,7 +26,7 @@ _NOBODY: AbstractSet[object] = frozenset()
 class Child:
     """One watched process of one loop.
 
-    `pidfd` is -1 from the moment it was reaped (or if the backend has none); from then on `end` says how it ended, by the
+    `pidfd` is -1 from the moment it was reaped (or if the backend has none); from then on `result` says how it ended, by the
     reaper's record where that is all there is to say.
 
     Whoever observes it has a key; a second observer of the same key replaces the first. Nearly every child has one: so there
@@ -40,19 +40,19 @@ class Child:
         "_others",
         "backend",
         "context",
-        "end",
         "orphan",
         "peek",
         "peekers",
         "pid",
         "pidfd",
+        "result",
         "stranger",
     )
 
     pid: int
     pidfd: int
     backend: Backend
-    end: Record | ExitStatus | None
+    result: Record | ExitStatus | None
     peek: bool
     stranger: bool
     peekers: AbstractSet[object]  # the observers that asked for reap=False
@@ -87,31 +87,31 @@ class Child:
         """Return how many are to be told."""
         return (self._observer is not None) + (len(self._others) if self._others else 0)
 
-    def forget_observers(self) -> None:
+    def drop_observers(self) -> None:
         """Keep nobody's context and callback: nobody will be told."""
         self._key = self._observer = self._args = self.context = self._others = None
 
-    def tell(self) -> bool:
+    def notify(self) -> bool:
         """Tell one observer of the end, who then is none any more; return whether there are others to be told."""
-        end, observer, args, context = self.end, self._observer, self._args, self.context
-        if end is None:
+        result, observer, args, context = self.result, self._observer, self._args, self.context
+        if result is None:
             return False
         if observer is None:
             return self._promote()
         self._observer = self._args = self.context = None  # first: it may run the loop, and so us
         if args is None:
-            if not isinstance(end, ExitStatus):
-                end = self.end = exit_status(self, end)
-            observer(end)
+            if not isinstance(result, ExitStatus):
+                result = self.result = exit_status(self, result)
+            observer(result)
         else:
             assert context is not None
-            if isinstance(end, ExitStatus):
-                returncode = end.returncode
-            elif end[3] == SOURCE_REAPED:
-                returncode = waitstatus_to_exitcode(end[2])
+            if isinstance(result, ExitStatus):
+                returncode = result.returncode
+            elif result[3] == SOURCE_REAPED:
+                returncode = waitstatus_to_exitcode(result[2])
             else:
-                end = self.end = exit_status(self, end)
-                returncode = end.returncode
+                result = self.result = exit_status(self, result)
+                returncode = result.returncode
             if args:
                 context.run(observer, self.pid, returncode, *args)
             else:  # as nearly always: to unpack nothing takes as long as all the rest
@@ -141,7 +141,7 @@ def make_child(  # noqa: PLR0917 - by position, which is faster
     child.pid = pid
     child.pidfd = pidfd
     child.backend = backend
-    child.end = None
+    child.result = None
     child.peek = False
     child.stranger = False
     child.peekers = _NOBODY

@@ -35,7 +35,7 @@ from .._kernel.reaper import (
 )
 from .child import Child
 from .loop_link import LoopLink
-from .notify import Ends
+from .notify import Notifier
 from .start_gate import StartGates
 from .starting import StartingProgram
 
@@ -84,7 +84,7 @@ class Collector:
         self._failures: set[tuple[type, int | None]] = set()
         self.replaced_at = float("-inf")  # the reaper, by another one
         self.link = LoopLink(self.loop, self._reaper.fd, self.collect, on_end)
-        self._ends = Ends(self.loop, self.link)
+        self._notifier = Notifier(self.loop, self.link)
 
     def collect(self) -> None:
         """Reap what has ended and tell the observers: some batches of them, for each round of the loop costs, too."""
@@ -96,7 +96,7 @@ class Collector:
                 except Exception as exc:
                     is_full = False
                     self._go_on_after(exc)
-                self._ends.tell()
+                self._notifier.notify_all()
                 if not is_full:
                     break
         except BaseException:
@@ -122,8 +122,8 @@ class Collector:
 
     def _note(self, records: Iterator[Record]) -> None:
         """Take what was reaped off the watched children, and on to those whose observers are to be told."""
-        children, untold = self._children, self._ends.untold
-        pending = SOURCE_PENDING
+        children, pending = self._children, self._notifier.pending
+        not_yet = SOURCE_PENDING
         for record in records:
             pid, _, _, source, _ = record
             child = children.get(pid)
@@ -132,16 +132,16 @@ class Collector:
                     gate = self.gates.find(-pid)
                     if gate is not None:
                         gate.on_message(source == SOURCE_GATE_READY)
-                        untold.append(gate)
+                        pending.append(gate)
                 elif self.starting:
                     self.starting -= {program for program in self.starting if program.pid == pid}
                 continue  # else unobserved since by a signal handler; or noted already, before an interrupt
-            if source == pending:
+            if source == not_yet:
                 if child.stranger:
                     self.link.call_later(STRANGER_GRACE_S, self._give_up_stranger, child)
             else:
-                child.end = record
-                untold.append(child)
+                child.result = record
+                pending.append(child)
                 child.pidfd = -1
                 del children[pid]
 
@@ -169,7 +169,7 @@ class Collector:
                 self._replace_reaper(exc)
         if is_new:
             self.link.call_soon(
-                self._ends.report, exc, "aiopidfd cannot reap children as it should, and goes on by other means"
+                self._notifier.report, exc, "aiopidfd cannot reap children as it should, and goes on by other means"
             )
 
     def _replace_reaper(self, exc: OSError) -> None:
@@ -263,19 +263,19 @@ class Collector:
         if child.backend is self._pidfd:
             with contextlib.suppress(OSError):  # of the reaper's, or this kernel does not tell
                 for _ in range(2 + len(self._children)):  # it is among the ready, at most so many batches away
-                    if child.end is not None:
+                    if child.result is not None:
                         break
                     self._reap()
                 else:
                     status = syscalls.get_exit(child.pidfd)
                     if status is not None:
                         record = pid, -1, status, SOURCE_RECOVERED, b""
-        if child.end is None:
+        if child.result is None:
             del self._children[pid]
             self._reaper.keep_open(child.pidfd)
             child.backend.remove(pid, child.pidfd)
-            child.end, child.pidfd = record, -1
-            self._ends.untold.append(child)
+            child.result, child.pidfd = record, -1
+            self._notifier.pending.append(child)
         self.link.call_soon(self.collect)
 
     def _get_sigchld(self) -> SigchldBackend:
@@ -287,10 +287,10 @@ class Collector:
     def _give_up_stranger(self, child: Child) -> None:
         """Report the end of a process whose parent does not reap it, so that its status is not told."""
         with self._lock:
-            if child.end is not None or self._children.get(child.pid) is not child:
+            if child.result is not None or self._children.get(child.pid) is not child:
                 return
             del self._children[child.pid]
             child.backend.remove(child.pid, child.pidfd)
-            child.end, child.pidfd = ExitStatus(child.pid, 0, "not-child"), -1
-            self._ends.untold.append(child)
+            child.result, child.pidfd = ExitStatus(child.pid, 0, "not-child"), -1
+            self._notifier.pending.append(child)
         self.collect()

@@ -82,7 +82,7 @@ def _report_lost(registry: Collector, loop: asyncio.AbstractEventLoop) -> None:
         )
     for child in children:
         child.pidfd = -1
-        child.end = ExitStatus(child.pid, 0, "not-child" if child.stranger else "lost")
-        registry._ends.untold.append(child)
-    registry._ends.tell()
+        child.result = ExitStatus(child.pid, 0, "not-child" if child.stranger else "lost")
+        registry._notifier.pending.append(child)
+    registry._notifier.notify_all()
     registry.gates.give_up()

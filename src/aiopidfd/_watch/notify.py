@@ -11,33 +11,33 @@ from .loop_link import LoopLink
 from .start_gate import StartGate
 
 
-class Ends:
-    """Children that have ended, and gates at which something was said. `untold` may be appended to from any thread."""
+class Notifier:
+    """Children that have ended, and gates at which something was said. `pending` may be appended to from any thread."""
 
-    __slots__ = ("_link", "_loop", "untold")
+    __slots__ = ("_link", "_loop", "pending")
 
     def __init__(self, loop: weakref.ReferenceType[asyncio.AbstractEventLoop], link: LoopLink) -> None:
         self._loop = loop
         self._link = link
-        self.untold: deque[Child | StartGate] = deque()
+        self.pending: deque[Child | StartGate] = deque()
 
-    def tell(self) -> None:
+    def notify_all(self) -> None:
         """Tell all observers, in the loop's thread.
 
         One by one, so that nobody is told twice and nobody is forgotten when one of them raises: SystemExit and
         KeyboardInterrupt go on to the caller, who is to call again.
         """
-        untold, link, renewed = self.untold, self._link, False
+        pending, link, renewed = self.pending, self._link, False
         depth = link.depth
         try:
             link.depth = depth + 1
-            while untold:
-                child = untold[0]
+            while pending:
+                child = pending[0]
                 if not renewed and child.context is not None:
                     link.renew()  # a user's callback may run the loop
                     renewed = True
                 try:
-                    if child.tell():
+                    if child.notify():
                         continue
                 except (SystemExit, KeyboardInterrupt):
                     raise
@@ -45,8 +45,8 @@ class Ends:
                     assert isinstance(child, Child)  # a gate tells only us
                     self.report(exc, f"Exception in the exit callback for pid {child.pid}")
                     continue
-                if untold and untold[0] is child:  # else an observer has had the loop run, and so us
-                    untold.popleft()
+                if pending and pending[0] is child:  # else an observer has had the loop run, and so us
+                    pending.popleft()
         finally:
             link.depth = depth
 

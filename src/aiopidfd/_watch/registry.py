@@ -267,7 +267,7 @@ class Registry(Collector):
         with self._lock:
             if self.closed:
                 return self._signal_orphan(child, signal, pgid)
-            if child.end is not None or self._children.get(child.pid) is not child:
+            if child.result is not None or self._children.get(child.pid) is not child:
                 return ENDED
             try:
                 if pgid:
@@ -283,7 +283,7 @@ class Registry(Collector):
     def _signal_orphan(self, child: Child, signal: int, pgid: int) -> str | None:
         if os.getpid() != self._owner:
             return NOT_OURS
-        if child.end is not None:
+        if child.result is not None:
             return ENDED
         orphan: Orphan | None = getattr(child, "orphan", None)
         return UNKNOWN if orphan is None else orphan.signal(child.pid, pgid, signal)
@@ -310,16 +310,16 @@ class Registry(Collector):
             if self._sigchld is not None:
                 self._sigchld.close()
             for child in children:
-                child.forget_observers()
+                child.drop_observers()
                 if child.pidfd >= 0:
                     syscalls.close_owned(child.pidfd)
                     child.pidfd = -1
             self._children.clear()
             self.contexts.clear()
-            for ended in self._ends.untold:
+            for ended in self._notifier.pending:
                 if isinstance(ended, Child):
-                    ended.forget_observers()
-            self._ends.untold.clear()
+                    ended.drop_observers()
+            self._notifier.pending.clear()
         self._forget(self)
         if left:
             abandon(left)

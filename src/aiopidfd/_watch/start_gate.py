@@ -41,7 +41,7 @@ class StartGate:
         """Note, in any thread, whether the child is ready."""
         self._is_ready = is_ready
 
-    def tell(self) -> bool:
+    def notify(self) -> bool:
         """Tell who waits, in the loop's thread; return False: there is nobody else to be told."""
         if not self.ready.done():
             self.ready.set_result(self._is_ready is True)
@@ -94,7 +94,7 @@ class StartGates:
     def give_up(self) -> None:
         """Say of each, in the loop's thread, that its child will never be ready here."""
         for gate in self._gates.values():
-            gate.tell()
+            gate.notify()
 
     def close(self, gate: StartGate) -> None:
         """Close it, if it is open. A child that still stands there ends."""
