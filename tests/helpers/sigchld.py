@@ -98,7 +98,7 @@ def check_now() -> None:
     """Do the check of once a second now."""
     registry = registry_of(asyncio.get_running_loop())
     with registry._lock:
-        registry._note(backend_of_this_loop().check())
+        registry._take_records(backend_of_this_loop().check())
     registry.collect()
 
 

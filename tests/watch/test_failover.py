@@ -150,13 +150,13 @@ def test_interrupted_batch_is_closed_with_the_registry(loop_factory: LoopFactory
             PidfdWatcher().add_child_handler(child.pid, print)
             child.end_unreaped(0)
 
-        note = registry._note
+        note = registry._take_records
 
         def interrupt(records: Any) -> None:
             note(records)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(registry, "_note", interrupt)
+        monkeypatch.setattr(registry, "_take_records", interrupt)
         with pytest.raises(KeyboardInterrupt):
             registry._reap()  # collect() would have the loop call it again
         monkeypatch.undo()

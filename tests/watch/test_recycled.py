@@ -61,10 +61,10 @@ def observe(pid: int, backend: Choice, how: str) -> asyncio.Future[int]:
     elif how == "peeking":
         registry.observe(pid, told, note_status, reap=False, backend=backend)
     elif how == "spawned" and backend == "pidfd":
-        registry.take_number(pid)
+        registry.claim_pid(pid)
         registry.observe_spawned(pid, registry._reaper.add(pid, 0), told, note_status)
     elif how in ("forked", "spawned"):
-        registry.take_number(pid)
+        registry.claim_pid(pid)
         registry.observe(pid, told, note_status, check=False, backend=backend, new=True)
     else:
         registry.observe(pid, told, note_status, backend=backend)
@@ -138,7 +138,7 @@ def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: 
         observe(child.pid, "pidfd", "handler")
 
     async def use() -> None:
-        registry_of(asyncio.get_running_loop()).take_number(child.pid)
+        registry_of(asyncio.get_running_loop()).claim_pid(child.pid)
         os.write(order, b"6\n")
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         os.kill(os.getpid(), signal.SIGCHLD)

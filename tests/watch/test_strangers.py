@@ -46,7 +46,7 @@ def check_now() -> None:
     registry = registry_of(asyncio.get_running_loop())
     if registry._sigchld is not None:
         with registry._lock:
-            registry._note(registry._sigchld.check())
+            registry._take_records(registry._sigchld.check())
     registry.collect()
 
 

@@ -236,7 +236,7 @@ def watch_forked(
     """
     loop = loop or asyncio.get_running_loop()
     registry, end = registry_of(loop), End(loop)
-    registry.take_number(pid)
+    registry.claim_pid(pid)
     handle = _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd, new=True), end)
     handle._give_out(pgid)
     return handle
@@ -260,7 +260,7 @@ def watch_expected(handle: AbstractChildProcess, pid: int, pidfd: int) -> Abstra
     It has just been forked, and cannot end unseen. `pidfd`, or -1, is ours from now on if this succeeds.
     """
     registry, end = handle._registry, handle._end
-    registry.take_number(pid)
+    registry.claim_pid(pid)
     watched = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd, new=True), end)
     watched._pgid = handle._pgid
     return watched

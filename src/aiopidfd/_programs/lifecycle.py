@@ -31,7 +31,7 @@ def watch_program(registry: Registry, program: StartingProgram, observer: Observ
     # What stands in for Popen may make numbers up.
     is_new = popen is None or type(popen).__module__ == "subprocess"
     if is_new and program in registry.starting:
-        registry.take_number(pid)
+        registry.claim_pid(pid)
     with registry._lock:
         registry.starting.discard(program)
         child = registry._children.get(pid)

@@ -50,7 +50,7 @@ TRIAL_S = 1.0
 
 
 # Those that may watch children by pid alone, by their id. `valuerefs` makes a list of them whatever other threads add.
-by_pid: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
+sigchld_collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
 
 
 class Collector:
@@ -63,8 +63,8 @@ class Collector:
 
     inherited = False  # of the parent's, in a forked child in which the loop may go on
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], object]) -> None:
-        """Open the backend and register it with `loop`. `on_end` is called when the loop is closed, or gone.
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_loop_closed: Callable[[], object]) -> None:
+        """Open the backend and register it with `loop`. `on_loop_closed` is called when the loop is closed, or gone.
 
         OSError EMFILE, ENFILE: out of descriptors.
         """
@@ -83,7 +83,7 @@ class Collector:
         self._checking = False
         self._failures: set[tuple[type, int | None]] = set()
         self.replaced_at = float("-inf")  # the reaper, by another one
-        self.link = LoopLink(self.loop, self._reaper.fd, self.collect, on_end)
+        self.link = LoopLink(self.loop, self._reaper.fd, self.collect, on_loop_closed)
         self._notifier = Notifier(self.loop, self.link)
 
     def collect(self) -> None:
@@ -95,7 +95,7 @@ class Collector:
                         is_full = self._reap()
                 except Exception as exc:
                     is_full = False
-                    self._go_on_after(exc)
+                    self._handle_failure(exc)
                 self._notifier.notify_all()
                 if not is_full:
                     break
@@ -112,15 +112,15 @@ class Collector:
         count = 0
         if reaper.fd >= 0:  # else it has failed for good
             count, records = reaper.reap()
-            self._note(records)
+            self._take_records(records)
             reaper.release()
         sigchld = self._sigchld
         if sigchld is not None and (reaper.woken or sigchld.is_due):
-            self._note(sigchld.reap())
+            self._take_records(sigchld.reap())
             reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
         return count == BATCH_SIZE
 
-    def _note(self, records: Iterator[Record]) -> None:
+    def _take_records(self, records: Iterator[Record]) -> None:
         """Take what was reaped off the watched children, and on to those whose observers are to be told."""
         children, pending = self._children, self._notifier.pending
         not_yet = SOURCE_PENDING
@@ -145,7 +145,7 @@ class Collector:
                 child.pidfd = -1
                 del children[pid]
 
-    def _recovers(self, exc: OSError) -> bool:
+    def _recover(self, exc: OSError) -> bool:
         """Return whether the reaper was at fault, and has been replaced."""
         if exc.errno not in (errno.EBADF, errno.EINVAL) or self._reaper.fd < 0:
             return False
@@ -153,11 +153,11 @@ class Collector:
             try:
                 self._reap()
             except OSError as failure:
-                self._go_on_after(failure)
+                self._handle_failure(failure)
                 return True
         return False
 
-    def _go_on_after(self, exc: Exception) -> None:
+    def _handle_failure(self, exc: Exception) -> None:
         """Report, once, what does not let us reap, and go on by other means."""
         failure = type(exc), getattr(exc, "errno", None)
         with self._lock:
@@ -215,7 +215,7 @@ class Collector:
         except OSError:  # somebody else has reaped it; or out of descriptors
             child.backend = self._pidfd
             child.pidfd, pidfd = pidfd, -1
-            self._retire(child)
+            self._report_lost(child)
         finally:
             if pidfd >= 0:
                 syscalls.close_owned(pidfd)
@@ -244,20 +244,20 @@ class Collector:
             # First: an interrupt of this check must not be the end of all of them.
             self.link.call_later(CHECK_INTERVAL_S, self._check)
             try:
-                self._note(self._sigchld.check())
+                self._take_records(self._sigchld.check())
             except Exception as exc:
-                self._go_on_after(exc)
+                self._handle_failure(exc)
         self.collect()
 
-    def retire(self, pid: int) -> None:
+    def report_previous_owner(self, pid: int) -> None:
         """Report the end of a process that is watched by pid alone: its number is a new child's."""
         if not self.closed:
             with self._lock:
                 child = self._children.get(pid)
                 if child is not None and child.backend is self._sigchld:
-                    self._retire(child)
+                    self._report_lost(child)
 
-    def _retire(self, child: Child) -> None:
+    def _report_lost(self, child: Child) -> None:
         """Report the end of a process that was reaped by somebody else, and whose number is another process's."""
         pid, record = child.pid, (child.pid, -1, 0, SOURCE_LOST, b"")
         if child.backend is self._pidfd:
@@ -281,7 +281,7 @@ class Collector:
     def _get_sigchld(self) -> SigchldBackend:
         if self._sigchld is None:
             self._sigchld = SigchldBackend(self._reaper, self._plan_look)
-            by_pid[id(self)] = self
+            sigchld_collectors[id(self)] = self
         return self._sigchld
 
     def _give_up_stranger(self, child: Child) -> None:

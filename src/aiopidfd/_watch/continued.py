@@ -45,7 +45,7 @@ def leave(registry: Collector) -> None:
         _unshare_epolls(fd)
     registry.link.drop()
     registry._reaper.close()
-    _report_lost(registry, loop)
+    _report_all_lost(registry, loop)
 
 
 def _unshare_epolls(reaper: int) -> None:
@@ -72,7 +72,7 @@ def _list_watched(epoll: str) -> list[tuple[int, int, int]]:
     return [(int(line[1]), int(line[3], 16), int(line[7].partition(":")[2], 16)) for line in lines]
 
 
-def _report_lost(registry: Collector, loop: asyncio.AbstractEventLoop) -> None:
+def _report_all_lost(registry: Collector, loop: asyncio.AbstractEventLoop) -> None:
     children = list(registry._children.values())
     registry._children.clear()
     if children:

@@ -40,23 +40,23 @@ def can_nest(loop: asyncio.AbstractEventLoop | None) -> bool:
 class LoopLink:
     """What a registry asks of its loop, which it does not own: the loop owns the registry."""
 
-    __slots__ = ("_fd", "_kept", "_listener", "_loop", "_nests", "_on_end", "_on_readable", "depth")
+    __slots__ = ("_fd", "_kept", "_listener", "_loop", "_nests", "_on_loop_closed", "_on_readable", "depth")
 
     def __init__(
         self,
         loop: weakref.ReferenceType[asyncio.AbstractEventLoop],
         fd: int,
         on_readable: Callable[[], object],
-        on_end: Callable[[], object],
+        on_loop_closed: Callable[[], object],
     ) -> None:
-        """Have `on_readable` called when `fd` is readable, and `on_end` when the loop is closed or gone."""
+        """Have `on_readable` called when `fd` is readable, and `on_loop_closed` when the loop is closed or gone."""
         self._loop: Callable[[], asyncio.AbstractEventLoop | None] = loop
         self._fd = fd
         self._nests = can_nest(loop())
         self.depth = 0  # how many calls of users are going on, each in a loop that the one before has run again
-        self._on_readable, self._on_end = on_readable, on_end
+        self._on_readable, self._on_loop_closed = on_readable, on_loop_closed
         self._kept: _Listener | None = None
-        listener = _Listener(on_readable, on_end)
+        listener = _Listener(on_readable, on_loop_closed)
         self._listener = weakref.ref(listener)
         self.call(self._listen, listener)
 
@@ -69,7 +69,7 @@ class LoopLink:
         if loop is None:
             return
         if listener is None:  # somebody else has registered a reader of that number
-            listener = _Listener(self._on_readable, self._on_end)
+            listener = _Listener(self._on_readable, self._on_loop_closed)
             self._listener = weakref.ref(listener)
         else:
             loop.remove_reader(old_fd)
@@ -142,15 +142,15 @@ def _no_loop() -> None:
 class _Listener:
     """What the loop calls, and nobody else holds."""
 
-    __slots__ = ("__weakref__", "_on_end", "_on_readable")
+    __slots__ = ("__weakref__", "_on_loop_closed", "_on_readable")
 
-    def __init__(self, on_readable: Callable[[], object], on_end: Callable[[], object]) -> None:
+    def __init__(self, on_readable: Callable[[], object], on_loop_closed: Callable[[], object]) -> None:
         self._on_readable = on_readable
-        self._on_end = on_end
+        self._on_loop_closed = on_loop_closed
 
     def __call__(self) -> None:
         self._on_readable()
 
     def __del__(self) -> None:
         if not _is_finalizing():  # as the interpreter exits the kernel closes what is open
-            self._on_end()
+            self._on_loop_closed()

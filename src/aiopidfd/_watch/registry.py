@@ -15,7 +15,7 @@ from .._backends.orphans import ENDED, NOT_OURS, UNKNOWN, Orphan
 from .._backends.sigchld_backend import abandon, claim, is_used
 from .._kernel import reaper, syscalls
 from .child import Args, Child, Observer, make_child
-from .collector import Collector, by_pid
+from .collector import Collector, sigchld_collectors
 from .start_gate import StartGate
 from .starting import kill_unwatched
 
@@ -65,7 +65,7 @@ class Registry(Collector):
             stranger: watch it even if it is not a child of ours.
             pidfd: an open pidfd of the process, ours from now on if this call succeeds.
             backend: how to watch it, if it is not watched yet.
-            new: it has just been made, so that whoever had its number is gone; `take_number` was called.
+            new: it has just been made, so that whoever had its number is gone; `claim_pid` was called.
 
         Raises:
             OSError: as Backend.add.
@@ -75,7 +75,7 @@ class Registry(Collector):
             self._check_open()
             child = self._children.get(pid)
             if child is not None and (new or child.backend.is_recycled(pid, child.pidfd)):
-                self._retire(child)
+                self._report_lost(child)
                 child = None
             if child is None:
                 child = self._add(pid, pidfd, backend, check=check, stranger=stranger, peek=not reap)
@@ -118,7 +118,7 @@ class Registry(Collector):
             if gate.struct.pid > 0:
                 raise
             self.gates.close(gate)  # not one of those that have failed
-            if not self._recovers(exc):
+            if not self._recover(exc):
                 raise
             self.gates.add(gate)
             syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
@@ -157,7 +157,7 @@ class Registry(Collector):
         try:
             child = self._try(backend, pid, pidfd, check=check, stranger=stranger, peek=peek)
         except OSError as exc:
-            if self._recovers(exc):
+            if self._recover(exc):
                 return self._add(pid, pidfd, choice, check=check, stranger=stranger, peek=peek)
             if choice != "auto" or backend is self._sigchld:
                 raise
@@ -193,10 +193,10 @@ class Registry(Collector):
         return child
 
     def observe_spawned(self, pid: int, pidfd: int, key: object, observer: Observer) -> Child:
-        """Observe a program whose pidfd the reaper holds since its birth. Under the lock; `take_number` was called."""
+        """Observe a program whose pidfd the reaper holds since its birth. Under the lock; `claim_pid` was called."""
         last = self._children.get(pid)
         if last is not None:
-            self._retire(last)
+            self._report_lost(last)
         child = self._children[pid] = make_child(pid, pidfd, self._pidfd, key, observer)
         return child
 
@@ -215,14 +215,14 @@ class Registry(Collector):
             self._start_checking()
             return True
 
-    def take_number(self, pid: int) -> None:
+    def claim_pid(self, pid: int) -> None:
         """Have every loop that watches by pid alone, and the handler, know of a new child. Not under the lock."""
         if is_used():
             claim(pid)
-            for known in by_pid.valuerefs():
+            for known in sigchld_collectors.valuerefs():
                 registry = known()
                 if registry is not None:
-                    registry.retire(pid)
+                    registry.report_previous_owner(pid)
 
     def unobserve(self, pid: int, key: object) -> bool:
         """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
@@ -276,7 +276,7 @@ class Registry(Collector):
                     child.backend.send_signal(child.pid, child.pidfd, signal)
             except ProcessLookupError:  # reaped by somebody else; we shall hear of it in a moment
                 if child.backend is self._sigchld and child.backend.is_recycled(child.pid, child.pidfd):
-                    self._retire(child)  # or the next end of that number would pass for its own
+                    self._report_lost(child)  # or the next end of that number would pass for its own
                 return ENDED
             return None
 
