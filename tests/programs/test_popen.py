@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from aiopidfd._programs import spawn
-from aiopidfd._programs.popen import is_plain
+from aiopidfd._programs.popen import is_popen_unmodified
 
 from ..conftest import open_descriptors
 from ..helpers.subprocesses import (
@@ -151,20 +151,20 @@ async def test_what_stands_in_for_popen_sees_each_program(
     seen: Seen = []
     with monkeypatch.context() as patch:
         replace(patch, seen)
-        assert not is_plain()
+        assert not is_popen_unmodified()
         process = await asyncio.create_subprocess_exec("/bin/sh", "-c", "cat; exit 3", stdin=PIPE, stdout=PIPE, cwd="/")
         assert is_ours(process)
         assert await talk(process, b"x") == (b"x", None)
         shell = await asyncio.create_subprocess_shell("exit 4", cwd="/")  # without it, Popen spawns where it can
         assert (process.returncode, await shell.wait()) == (3, 4)
     assert len(seen) == 2
-    assert is_plain()
+    assert is_popen_unmodified()
     assert await (await asyncio.create_subprocess_exec("/bin/true")).wait() == 0
     assert len(seen) == 2
 
 
 async def test_nothing_stands_in_for_popen_by_itself(backend: str) -> None:
-    assert is_plain()
+    assert is_popen_unmodified()
     process = await asyncio.create_subprocess_exec("/bin/true")
     popen = process._transport.get_extra_info("subprocess")  # type: ignore[attr-defined] # there is no public way
     assert isinstance(popen, subprocess.Popen)

@@ -100,8 +100,8 @@ async def _start(
     except GeneratorExit:
         raise
     except asyncio.CancelledError:
-        if transport is not None and transport._end():
-            await transport._wait_to_the_end()
+        if transport is not None and transport._kill_and_close():
+            await transport._wait_uncancellable()
         raise
     except BaseException:
         # Killed before its pipes are closed, which it might take for a reason to end by itself.
@@ -109,7 +109,7 @@ async def _start(
             cancel_program(registry, program)
         else:
             transport._protocol = None  # it knows nothing of the process, and need not hear of its end
-            transport._abandon()
+            transport._discard()
         if process is not None:
             _close_pipes(process)
         raise

@@ -26,7 +26,7 @@ class PipeEnd(FileIO):
         self.close()
 
 
-def take_over(pipe: FileIO) -> FileIO:
+def make_pipe_end(pipe: FileIO) -> FileIO:
     """Return a PipeEnd for `pipe`, which is closed; `pipe` itself where there is no descriptor left for that."""
     try:
         end = PipeEnd(os.dup(pipe.fileno()), pipe.mode)
@@ -173,13 +173,13 @@ class WritePipeTransport(asyncio.Transport):
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as exc:  # EPIPE: nobody can read any more
-                self._end(exc)
+                self._close_now(exc)
                 return
             if not rest:
                 return
             add_writer(self._loop, self._fd, self._write_more)
         self._buffer += rest
-        self._tell_flow()
+        self._notify_flow()
 
     def _write_more(self) -> None:
         try:
@@ -187,13 +187,13 @@ class WritePipeTransport(asyncio.Transport):
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
-            self._end(exc)
+            self._close_now(exc)
             return
         if not self._buffer:
             self._loop.remove_writer(self._fd)
             if self._closing:
                 self._finish(None)
-        self._tell_flow()  # last: the protocol may run the loop
+        self._notify_flow()  # last: the protocol may run the loop
 
     def renew(self) -> None:
         """Go on writing even if the loop is run again inside the call that is going on."""
@@ -201,9 +201,9 @@ class WritePipeTransport(asyncio.Transport):
             add_writer(self._loop, self._fd, self._write_more)
 
     def _closed_by_peer(self) -> None:
-        self._end(BrokenPipeError() if self._buffer else None)
+        self._close_now(BrokenPipeError() if self._buffer else None)
 
-    def _tell_flow(self) -> None:
+    def _notify_flow(self) -> None:
         size = len(self._buffer)
         if not self._paused and size > self._high:
             self._paused = True
@@ -233,7 +233,7 @@ class WritePipeTransport(asyncio.Transport):
 
     def abort(self) -> None:
         """Close the pipe, and drop what is not written."""
-        self._end(None)
+        self._close_now(None)
 
     def is_closing(self) -> bool:
         """Return whether the pipe is closed, or will be."""
@@ -256,9 +256,9 @@ class WritePipeTransport(asyncio.Transport):
         if not high >= low >= 0:
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
         self._high, self._low = high, low
-        self._tell_flow()
+        self._notify_flow()
 
-    def _end(self, exc: Exception | None) -> None:
+    def _close_now(self, exc: Exception | None) -> None:
         if self._pipe.closed:
             return
         self._closing = True

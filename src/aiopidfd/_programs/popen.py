@@ -38,16 +38,16 @@ _FILE: Final = subprocess.list2cmdline.__code__.co_filename
 _get_fork: Final = attrgetter("_fork_exec" if sys.version_info >= (3, 11) else "_posixsubprocess.fork_exec")
 
 # What was plain at the last look, and is so as long as it is the same: the methods and their code, and what forks.
-_plain: tuple[Any, ...] = (object(),) * 7
+_unmodified: tuple[Any, ...] = (object(),) * 7
 
 
-def is_plain() -> bool:
+def is_popen_unmodified() -> bool:
     """Return whether subprocess.Popen is Python's own, and nothing in it was replaced or wrapped."""
-    global _plain  # noqa: PLW0603 - Popen is the process's
+    global _unmodified  # noqa: PLW0603 - Popen is the process's
     methods: Any = PythonsPopen.__dict__
     if subprocess.Popen is not PythonsPopen or "__new__" in methods:
         return False
-    init, init_code, execute, execute_code, handles, handles_code, fork = _plain
+    init, init_code, execute, execute_code, handles, handles_code, fork = _unmodified
     if (
         methods.get("__init__") is init
         and init.__code__ is init_code
@@ -72,7 +72,7 @@ def is_plain() -> bool:
     fork = _get_fork(subprocess)
     if not type(fork) is type(os.posix_spawn) is BuiltinFunctionType:
         return False
-    _plain = (*seen, fork)
+    _unmodified = (*seen, fork)
     return True
 
 
@@ -81,7 +81,7 @@ def popen(
 ) -> subprocess.Popen[bytes]:
     """Start a program by subprocess.Popen, or by what stands in its place, with the arguments that asyncio gives it."""
     keywords = {"shell": False, "universal_newlines": False, "bufsize": 0, **kwargs}
-    if not is_plain():
+    if not is_popen_unmodified():
         process: subprocess.Popen[bytes] = subprocess.Popen(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)
         program.popen = process
         return process
@@ -92,18 +92,18 @@ def popen(
         with contextlib.suppress(NeedsPopen):  # Popen will say what is wrong
             streams = Streams(stdin, stdout, stderr)
     if streams is not None:
-        stdin, stdout, stderr = (None if fd < 0 else fd for fd in streams.child)
+        stdin, stdout, stderr = (None if fd < 0 else fd for fd in streams.child_fds)
     # Known before it has a child, so that an interrupt on the way out of it does not lose that.
     process = program.popen = subprocess.Popen.__new__(subprocess.Popen)
     try:
         process.__init__(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)  # type: ignore[misc]
         if streams is not None:
-            process.stdin, process.stdout, process.stderr = streams.ours
+            process.stdin, process.stdout, process.stderr = streams.parent_ends
     except BaseException:
         if streams is not None:
-            streams.close_ours()
+            streams.close_parent_ends()
         raise
     finally:
         if streams is not None:
-            streams.close_childs()
+            streams.close_child_ends()
     return process

@@ -13,26 +13,26 @@ from typing import Any
 from .._backends.backend import logger
 from .._kernel import syscalls
 from .._watch.starting import StartingProgram
-from .popen import PythonsPopen, is_plain, popen
-from .streams import INHERITED, NeedsPopen, Streams, descriptor
+from .popen import PythonsPopen, is_popen_unmodified, popen
+from .streams import INHERITED, NeedsPopen, Streams, check_descriptor
 
 # The rest is Popen's: what a child in its parent's memory cannot do (preexec_fn; user and groups, whose libc calls take
 # locks), and what is rare. So is anything in a call that is not plainly right: Popen does it, or refuses it in its words.
-_PLAIN = frozenset(
+_SUPPORTED = frozenset(
     {"shell", "cwd", "env", "executable", "close_fds", "pass_fds", "restore_signals", "start_new_session", "umask"}
 ) | ({"process_group"} if sys.version_info >= (3, 11) else set())
 
 # clone with CLONE_PIDFD, tried: None until then, and after that what it answered, 0 for success.
 _clone_errno: int | None = None
 
-_NOT_TO_BE_HAD = syscalls.FORBIDDEN | {errno.EINVAL}
+_CLONE_UNAVAILABLE = syscalls.FORBIDDEN | {errno.EINVAL}
 
 
 def start(
     program: StartingProgram, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any
 ) -> subprocess.Popen[bytes]:
     """Start a program as `subprocess.Popen(args, ...)` does, which raises what goes wrong. `program` has its pid then."""
-    if program.reaper_fd >= 0 and kwargs.keys() <= _PLAIN and _clone_errno in (None, 0) and is_plain():
+    if program.reaper_fd >= 0 and kwargs.keys() <= _SUPPORTED and _clone_errno in (None, 0) and is_popen_unmodified():
         try:
             process = _spawn(program, args, stdin, stdout, stderr, **kwargs)
         except NeedsPopen:
@@ -77,9 +77,9 @@ def _spawn(
     paths = (path,) if b"/" in path else _search_path(path, env)
     encoded_env = None if env is None else _encode_env(env)
     encoded_cwd = None if cwd is None else _encode(cwd)
-    keep = sorted({descriptor(fd) for fd in pass_fds}) if pass_fds else ()
-    umask = _number(umask)
-    pgid = -1 if process_group is None else _number(process_group)
+    keep = sorted({check_descriptor(fd) for fd in pass_fds}) if pass_fds else ()
+    umask = _check_int(umask)
+    pgid = -1 if process_group is None else _check_int(process_group)
     flags = (
         (syscalls.SPAWN_CLOSE_FDS if close_fds else 0)
         | (syscalls.SPAWN_RESTORE_SIGNALS if restore_signals else 0)
@@ -95,23 +95,23 @@ def _spawn(
             env=encoded_env,
             cwd=encoded_cwd,
             pass_fds=keep,
-            stdio=streams.child,
+            stdio=streams.child_fds,
             umask=umask,
             pgid=pgid,
             flags=flags,
         )
     except BaseException:
-        streams.close_ours()
+        streams.close_parent_ends()
         raise
     finally:
-        streams.close_childs()
+        streams.close_child_ends()
     if code == 0:
-        _note_clone(0)
+        _remember_clone(0)
         return _Process(args, program.struct.pid, streams)
-    streams.close_ours()
+    streams.close_parent_ends()
     if step == syscalls.STEP_PARENT:
-        if code in _NOT_TO_BE_HAD:
-            _note_clone(code)
+        if code in _CLONE_UNAVAILABLE:
+            _remember_clone(code)
             return None
         raise OSError(code, os.strerror(code))
     if step == syscalls.STEP_CHDIR:
@@ -121,7 +121,7 @@ def _spawn(
     raise OSError(code, os.strerror(code), executable)
 
 
-def _note_clone(code: int) -> None:
+def _remember_clone(code: int) -> None:
     global _clone_errno  # noqa: PLW0603 - what the kernel allows is the process's
     if _clone_errno != code:
         _clone_errno = code
@@ -157,7 +157,7 @@ def _search_path(program: bytes, env: Any) -> list[bytes]:
     return [os.path.join(_encode(directory), program) for directory in directories]
 
 
-def _number(value: Any) -> int:
+def _check_int(value: Any) -> int:
     if not isinstance(value, int) or not -1 <= value <= 0x7FFFFFFF:
         raise NeedsPopen
     return value
@@ -177,5 +177,5 @@ class _Process(PythonsPopen):
         self.args = args
         self.pid = pid
         self.returncode = None
-        self.stdin, self.stdout, self.stderr = streams.ours
+        self.stdin, self.stdout, self.stderr = streams.parent_ends
         self._waitpid_lock = threading.Lock()

@@ -15,7 +15,7 @@ class NeedsPopen(Exception):
     """The call has something that only Popen can do, or has to refuse in its words."""
 
 
-def descriptor(value: Any) -> int:
+def check_descriptor(value: Any) -> int:
     """Return `value` if it can be a descriptor."""
     if not isinstance(value, int) or not 0 <= value <= 0x7FFFFFFF:
         raise NeedsPopen
@@ -28,10 +28,10 @@ class Streams:
     _closing: Iterator[None] = iter(())  # until __init__ makes one
 
     def __init__(self, stdin: Any, stdout: Any, stderr: Any) -> None:
-        self.ours: list[FileIO | None] = [None, None, None]
-        self._childs: list[int] = []  # to be closed here once the child has them
+        self.parent_ends: list[FileIO | None] = [None, None, None]
+        self._to_close: list[int] = []  # to be closed here once the child has them
         # Each once, with no place for an interrupt between taking and closing it: close() returns None, and `any` goes on.
-        self._closing = map(os.close, self._childs)
+        self._closing = map(os.close, self._to_close)
         self._devnull = -1  # one for all of them
         made = [-1, -1, -1]
         try:
@@ -39,37 +39,37 @@ class Streams:
                 if wanted is not None:
                     made[number] = self._make(number, wanted, made[1])
         except BaseException:
-            self.close_childs()
-            self.close_ours()
+            self.close_child_ends()
+            self.close_parent_ends()
             raise
-        self.child = made
+        self.child_fds = made
 
     def _make(self, number: int, wanted: Any, stdout: int) -> int:
         if wanted == subprocess.PIPE:
             read, write = os.pipe()
-            child, ours = (read, write) if number == 0 else (write, read)
-            self._childs.append(child)
-            self.ours[number] = PipeEnd(ours, "wb" if number == 0 else "rb")
+            child, parent = (read, write) if number == 0 else (write, read)
+            self._to_close.append(child)
+            self.parent_ends[number] = PipeEnd(parent, "wb" if number == 0 else "rb")
             return child
         if wanted == subprocess.DEVNULL:
             if self._devnull < 0:
                 self._devnull = os.open(os.devnull, os.O_RDWR)
-                self._childs.append(self._devnull)
+                self._to_close.append(self._devnull)
             return self._devnull
         if wanted == subprocess.STDOUT and number == 2 and stdout >= 0:
             return stdout
-        return descriptor(wanted if isinstance(wanted, int) else wanted.fileno())
+        return check_descriptor(wanted if isinstance(wanted, int) else wanted.fileno())
 
-    def close_childs(self) -> None:
+    def close_child_ends(self) -> None:
         """Close the child's ends of the pipes, and what else was opened for it."""
         any(self._closing)
 
     # If it was interrupted.
-    __del__ = close_childs
+    __del__ = close_child_ends
 
-    def close_ours(self) -> None:
+    def close_parent_ends(self) -> None:
         """Close our ends of the pipes."""
-        for stream in self.ours:
+        for stream in self.parent_ends:
             if stream is not None:
                 stream.close()
 

@@ -20,10 +20,10 @@ from .._watch.loop_link import can_nest
 from .._watch.registry import Registry
 from .._watch.starting import StartingProgram
 from .lifecycle import kill, watch_program
-from .pipes import ReadPipeTransport, WritePipeTransport, take_over
+from .pipes import ReadPipeTransport, WritePipeTransport, make_pipe_end
 
 
-def calls_users(protocol: asyncio.BaseProtocol) -> bool:
+def runs_user_code(protocol: asyncio.BaseProtocol) -> bool:
     """Return whether the protocol, being called, may call a user's code: any but asyncio's own, which completes futures."""
     return type(protocol) is not SubprocessStreamProtocol
 
@@ -36,7 +36,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     """
 
     _closed = True  # until the process is watched: a constructor that fails has nothing to close
-    _calls_users = False  # and no context
+    _runs_user_code = False  # and no context
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._loop = loop
         self._registry = registry
         self._protocol: asyncio.SubprocessProtocol | None = protocol
-        if calls_users(protocol):
-            self._calls_users = True
+        if runs_user_code(protocol):
+            self._runs_user_code = True
             registry.contexts[id(self)] = copy_context()
         self._process = process
         self._returncode: int | None = None
-        self._exit_told = False
+        self._exit_notified = False
         self._waiters: set[asyncio.Future[None]] = set()
         self._pipes: dict[int, _PipeProtocol] = {}
         self._child: Child | None = None
@@ -87,7 +87,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 continue
             file: Any = made
             if type(made) is FileIO:  # Popen has made it
-                file = take_over(made)
+                file = make_pipe_end(made)
                 setattr(process, ("stdin", "stdout", "stderr")[fd], file)
             pipe = self._pipes[fd] = _PipeProtocol(self, fd)
             if fd == 0:
@@ -106,7 +106,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         neither the pipe's transport nor the registry. Each call has a copy of the context, as on asyncio's loops: a context
         cannot be entered twice, and the protocol may call us, or run the loop.
         """
-        context = self._registry.contexts.get(id(self)) if self._calls_users else None
+        context = self._registry.contexts.get(id(self)) if self._runs_user_code else None
         try:
             if context is None:  # nobody's code is called, or all is over
                 callback(*args)
@@ -126,23 +126,23 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if not waiter.done():
                 waiter.set_result(None)
         if self._protocol is not None:
-            if self._calls_users:
+            if self._runs_user_code:
                 self._registry.link.renew()
-            self._call(self._tell_exit)
+            self._call(self._notify_exit)
 
-    def _tell_exit(self) -> None:
+    def _notify_exit(self) -> None:
         assert self._protocol is not None
-        self._exit_told = True
+        self._exit_notified = True
         try:
             self._protocol.process_exited()
         finally:
             self._try_finish()
 
-    def _tell_data(self, fd: int, data: bytes) -> None:
+    def _notify_data(self, fd: int, data: bytes) -> None:
         assert self._protocol is not None
         self._protocol.pipe_data_received(fd, data)
 
-    def _tell_pipe_lost(self, fd: int, exc: Exception | None) -> None:
+    def _notify_pipe_lost(self, fd: int, exc: Exception | None) -> None:
         try:
             if self._protocol is not None:
                 self._protocol.pipe_connection_lost(fd, exc)
@@ -152,19 +152,19 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _try_finish(self) -> None:
         """Tell the protocol of the end once it knows that the process has exited and that the pipes are closed."""
-        if self._exit_told and self._protocol is not None and all(p.lost for p in self._pipes.values()):
+        if self._exit_notified and self._protocol is not None and all(p.lost for p in self._pipes.values()):
             protocol, self._protocol = self._protocol, None
             self._closed = True
             self._call(protocol.connection_lost, None)
             self._forget_context()
 
     def _forget_context(self) -> None:
-        if self._calls_users:
+        if self._runs_user_code:
             self._registry.contexts.pop(id(self), None)
 
-    def _may_nest(self) -> bool:
+    def _can_nest(self) -> bool:
         """Return whether the protocol, being called, may run the loop."""
-        return self._calls_users and can_nest(self._loop)
+        return self._runs_user_code and can_nest(self._loop)
 
     async def _wait(self) -> int:
         """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
@@ -178,7 +178,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         assert self._returncode is not None
         return self._returncode
 
-    async def _wait_to_the_end(self) -> None:
+    async def _wait_uncancellable(self) -> None:
         """Wait until the process has exited, however often that is cancelled: it has been killed."""
         while self._returncode is None:
             try:
@@ -188,8 +188,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Set the protocol that is told from now on."""
-        if self._protocol is not None and not self._calls_users and calls_users(protocol):
-            self._calls_users = True
+        if self._protocol is not None and not self._runs_user_code and runs_user_code(protocol):
+            self._runs_user_code = True
             self._registry.contexts[id(self)] = copy_context()
         self._protocol = protocol  # type: ignore[assignment] # the stub is wider than what a subprocess can have
 
@@ -238,9 +238,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def close(self) -> None:
         """Close the pipes and kill the process, as asyncio's transports do; it is reaped all the same."""
         if not self._closed:
-            self._end()
+            self._kill_and_close()
 
-    def _abandon(self) -> None:
+    def _discard(self) -> None:
         """Kill the process and close its pipes: its caller gets an error instead."""
         self._closed = True
         if self._child is not None and self._returncode is None:
@@ -249,7 +249,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if pipe.transport is not None:
                 pipe.transport.abort()
 
-    def _end(self) -> bool:
+    def _kill_and_close(self) -> bool:
         """Do what `close` does; return False if the process may not be killed, so that its end may be far."""
         self._closed = True
         killed = True
@@ -279,12 +279,12 @@ class _PipeProtocol:
         self._fd = fd
 
     def data_received(self, data: bytes) -> None:
-        if self._owner._may_nest():
+        if self._owner._can_nest():
             self.transport.renew()
-        self._owner._call(self._owner._tell_data, self._fd, data)
+        self._owner._call(self._owner._notify_data, self._fd, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._owner._call(self._owner._tell_pipe_lost, self._fd, exc)
+        self._owner._call(self._owner._notify_pipe_lost, self._fd, exc)
 
     def pause_writing(self) -> None:
         if self._owner._protocol is not None:
@@ -292,6 +292,6 @@ class _PipeProtocol:
 
     def resume_writing(self) -> None:
         if self._owner._protocol is not None:
-            if self._owner._may_nest():
+            if self._owner._can_nest():
                 self.transport.renew()
             self._owner._call(self._owner._protocol.resume_writing)
