@@ -160,7 +160,7 @@ def _break_ends(error: type[BaseException]) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    vars(child_life)["finish"] = vars(os)["_exit"] = fail  # in a child: there is nothing to be put back
+    vars(child_life)["run_exit_handlers"] = vars(os)["_exit"] = fail  # in a child: there is nothing to be put back
 
 
 ERRORS = [Stop, KeyboardInterrupt, SystemExit]

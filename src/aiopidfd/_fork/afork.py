@@ -21,19 +21,19 @@ from .._kernel.exit_status import ExitStatus
 from .._kernel.syscalls import reinit_fork_lock
 from .._watch.registry import Registry
 from .._watch.start_gate import StartGate
-from .child import Birth, Options, Ready, forget_readiness, run_to_end, start
-from .child_exit import flush_streams, note_inherited
+from .child import ChildSpec, Options, Ready, close_inherited_ready_fd, init_child, run_child
+from .child_exit import flush_streams, mark_inherited_finalizers
 from .handle import AbstractChildProcess, End, expect_child, watch_expected
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
-Fork = Callable[[Registry, StartGate, syscalls.Live], None]
+Fork = Callable[[Registry, StartGate, syscalls.ChildMain], None]
 
 _T = TypeVar("_T")
 
 # How long a child that has closed its end of the gate without a word may take to end, before it is killed.
 _SILENCE_S = 1.0
 
-_NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
+_COROUTINE_OR_GENERATOR = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 
 # The parent's ends of the gates of fork servers' workers, and their like: no other child may hold a copy.
 _gates: set[socket.socket] = set()
@@ -101,7 +101,7 @@ async def start_child(
     gates, end = child._registry.gates, child._end
     gate = gates.make(loop)
     try:
-        child = _fork(child, gate, Birth(child_func, options, loop, copy_context()), fork_)
+        child = _fork(child, gate, ChildSpec(child_func, options, loop, copy_context()), fork_)
         if not await gate.ready:
             await await_ready(child, gate.ready, f"child process {child.pid}")
         end.future.remove_done_callback(gate.on_exit)
@@ -118,7 +118,11 @@ def check_arguments(child_func: object, options: Options) -> None:
     if not callable(child_func):
         raise TypeError(f"child_func must be callable, not {type(child_func).__name__}")
     # Nearly all are plain functions, which one look tells.
-    if not isinstance(child_func, FunctionType) or child_func.__code__.co_flags & _NOT_PLAIN or child_func.__dict__:
+    if (
+        not isinstance(child_func, FunctionType)
+        or child_func.__code__.co_flags & _COROUTINE_OR_GENERATOR
+        or child_func.__dict__
+    ):
         if inspect.iscoroutinefunction(child_func) or inspect.isasyncgenfunction(child_func):
             raise TypeError("child_func must be a plain function; let it call asyncio.run() to run a coroutine")
         if inspect.isgeneratorfunction(child_func):
@@ -170,13 +174,13 @@ def hook_forks() -> None:
         _hooked = True
 
 
-def _fork(child: AbstractChildProcess, gate: StartGate, birth: Birth, fork_: Fork) -> AbstractChildProcess:
+def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: Fork) -> AbstractChildProcess:
     """Fork, and let the child out of its gate once it is watched. Return its handle, detached."""
     hook_forks()
     child._end.future.add_done_callback(gate.on_exit)
-    note_inherited()
+    mark_inherited_finalizers()
     flush_streams()  # else both of us would write what is buffered
-    fork_(child._registry, gate, partial(run_to_end, partial(start, birth)))
+    fork_(child._registry, gate, partial(run_child, partial(init_child, spec)))
     if not child._registry.let_out(child._child, gate):
         child = watch_expected(child, gate.struct.pid, gate.struct.pidfd)
         gate.is_watched = True
@@ -209,22 +213,22 @@ def end_unwatched(pid: int, pidfd: int) -> None:
         os.close(pidfd)
 
 
-def fork(registry: Registry, gate: StartGate, live: syscalls.Live) -> None:
+def fork(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -> None:
     """Fork as os.fork does, without its warning of threads."""
     if sys.version_info < (3, 12):
-        registry.fork(gate, live, os.fork)
+        registry.fork(gate, child_main, os.fork)
         return
     with warnings.catch_warnings():
         # warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
         warnings.filterwarnings(
             "ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, syscalls.__name__
         )
-        registry.fork(gate, live, os.fork)
+        registry.fork(gate, child_main, os.fork)
 
 
-def clone(registry: Registry, gate: StartGate, live: syscalls.Live) -> None:
+def clone(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -> None:
     """Fork by clone(2), in the one thread of a process that has no other."""
-    registry.fork(gate, live, None)
+    registry.fork(gate, child_main, None)
 
 
 def _after_fork_in_child() -> None:
@@ -234,7 +238,7 @@ def _after_fork_in_child() -> None:
         for gate in _gates:
             gate.close()
         _gates.clear()
-    forget_readiness()
+    close_inherited_ready_fd()
 
 
 async def await_ready(

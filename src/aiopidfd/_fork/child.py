@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 
 from .._kernel.syscalls import detach_epolls, is_ready_fd, note_ready_fd, set_exit_code, set_pdeathsig, set_signal_mask
 from .._watch.start_gate import READY
-from .child_exit import begin, finish, flush_streams, print_exception
-from .child_loop import forget_current_loop
+from .child_exit import flush_streams, print_exception, reset_exit_handlers, run_exit_handlers
+from .child_loop import unset_event_loop
 from .child_signals import reset_signals
 
 Ready = Literal["auto", "manual"]
@@ -46,7 +46,7 @@ class Options(NamedTuple):
         return 0 if self.start_new_session else self.process_group
 
 
-class Birth(NamedTuple):
+class ChildSpec(NamedTuple):
     """What a child needs to know of itself before it runs."""
 
     child_func: Callable[[], int | None]
@@ -55,13 +55,13 @@ class Birth(NamedTuple):
     context: Context  # a copy of the parent's
 
 
-def run_to_end(start: Callable[[int, int], Callable[[], object]], gate: int, mask: int) -> None:
-    """Start, run what `start` returns, and end the process as that ends. If this raises, or returns, C ends the process."""
+def run_child(init: Callable[[int, int], Callable[[], object]], gate: int, mask: int) -> None:
+    """Call `init`, run what it returns, and exit accordingly. If this raises or returns, C ends the process."""
     started, code = False, 1
     try:
-        live = start(gate, mask)
+        main = init(gate, mask)
         started = True
-        code = exit_code(live())
+        code = to_exit_code(main())
     except SystemExit as exc:
         code = _system_exit_code(exc)
     except KeyboardInterrupt:
@@ -70,38 +70,38 @@ def run_to_end(start: Callable[[int, int], Callable[[], object]], gate: int, mas
         print_exception()
     set_exit_code(code)
     if started:
-        finish()
+        run_exit_handlers()
     else:
         flush_streams(BaseException)
     if code >= 0:
         os._exit(code)  # not C's, since tracers of coverage and their like replace it
 
 
-def start(birth: Birth, gate: int, mask: int) -> Callable[[], object]:
+def init_child(spec: ChildSpec, gate: int, mask: int) -> Callable[[], object]:
     """Make a newly forked child clean, all signals blocked until then, tell that it is ready; return what it is to run."""
-    child_func, options, loop, context = birth
+    child_func, options, loop, context = spec
     try:
         # While the parent sees to it that we are watched.
-        _clean(loop, gate)
+        _reset_inherited_state(loop, gate)
     finally:
         # Not before we are: we could be reaped by somebody else.
         if not os.read(gate, 1):
-            _say_last_word(gate)
+            _reveal_pid(gate)
             raise SystemExit(1)  # the parent has given us up
-    settle(options, gate, mask)
+    apply_options(options, gate, mask)
     if options[0] == "auto":
         notify_ready()
-    begin()
+    reset_exit_handlers()
     return partial(context.run, child_func)
 
 
-def _say_last_word(gate: int) -> None:
+def _reveal_pid(gate: int) -> None:
     """Have a parent that does not know our pid learn it from the kernel. See `find_lost_child` in fork.c."""
     with contextlib.suppress(OSError):  # it does not listen
         os.write(gate, READY)
 
 
-def _clean(loop: asyncio.AbstractEventLoop, gate: int) -> None:
+def _reset_inherited_state(loop: asyncio.AbstractEventLoop, gate: int) -> None:
     """Take off everything that was the parent's."""
     detach_epolls(gate)  # first: nothing that follows can then change what the parent's loops watch
     reset_signals()
@@ -112,12 +112,12 @@ def _clean(loop: asyncio.AbstractEventLoop, gate: int) -> None:
     policy = getattr(events, "_event_loop_policy", _UNKNOWN)
     if policy is not None:  # else there is no loop set, nor a policy made
         try:
-            forget_current_loop(policy)
+            unset_event_loop(policy)
         except Exception:  # a policy of somebody's
             print_exception()
 
 
-def settle(options: Options, gate: int, mask: int) -> None:
+def apply_options(options: Options, gate: int, mask: int) -> None:
     """Give a clean child what was asked for, its descriptor to say on that it is ready, and its signals."""
     _, start_new_session, process_group, pdeathsig = options
     if start_new_session:
@@ -154,14 +154,14 @@ def notify_ready() -> None:
             os.close(fd)
 
 
-def take_ready_fd() -> int:
+def pop_ready_fd() -> int:
     """Return the descriptor on which the parent is still to be told that we are ready, to be closed; -1 if it is not."""
     global _ready_fd
     fd, _ready_fd = _ready_fd, -1
     return -1 if fd is None or not is_ready_fd(fd) else fd
 
 
-def forget_readiness() -> None:
+def close_inherited_ready_fd() -> None:
     """In a child of an aforked child: the readiness to tell of is not ours."""
     global _ready_fd
     if _ready_fd is None:
@@ -171,7 +171,7 @@ def forget_readiness() -> None:
         os.close(fd)
 
 
-def exit_code(result: object) -> int:
+def to_exit_code(result: object) -> int:
     """Return the exit code for what child_func has returned. TypeError: there is none."""
     if result is None:
         return 0

@@ -22,33 +22,33 @@ from weakref import finalize
 
 _clear_atexit: Callable[[], None] = atexit._clear
 _finalizers: dict[finalize[Any, Any], Any] = finalize._registry  # type: ignore[attr-defined] # not in typeshed, as the next
-_take_number: Callable[[], int] = finalize._index_iter.__next__  # type: ignore[attr-defined]
+_next_index: Callable[[], int] = finalize._index_iter.__next__  # type: ignore[attr-defined]
 
 # Numbers of finalizers that nobody has: below the first one are those of before the last fork, below the other the parent's.
-_last_fork = _first_number = 0
+_fork_index = _first_own_index = 0
 
 
-def note_inherited() -> None:
+def mark_inherited_finalizers() -> None:
     """In the parent, before a fork: note which finalizers are its own."""
-    global _last_fork  # noqa: PLW0603 - read in the child
-    _last_fork = _take_number()
+    global _fork_index  # noqa: PLW0603 - read in the child
+    _fork_index = _next_index()
 
 
-def begin() -> None:
+def reset_exit_handlers() -> None:
     """In a newly forked child, before it runs anything: forget what the parent has registered for its own exit."""
-    global _first_number  # noqa: PLW0603 - a process is born once
-    _first_number = _last_fork
+    global _first_own_index  # noqa: PLW0603 - a process is born once
+    _first_own_index = _fork_index
     _clear_atexit()
     if isinstance(threading.main_thread(), threading._DummyThread):  # forked by a thread that C has made; see _shutdown()
         threading._main_thread = threading._MainThread()  # type: ignore[attr-defined] # not in typeshed
     if "multiprocessing.util" in sys.modules:
         try:
-            _begin_multiprocessing(sys.modules["multiprocessing.util"], sys.modules["multiprocessing.process"])
+            _reset_multiprocessing(sys.modules["multiprocessing.util"], sys.modules["multiprocessing.process"])
         except Exception:
             print_exception()
 
 
-def _begin_multiprocessing(util: Any, process: Any) -> None:
+def _reset_multiprocessing(util: Any, process: Any) -> None:
     """Do what multiprocessing does at the start of its children."""
     util._exiting = False
     if util._finalizer_registry:
@@ -59,7 +59,7 @@ def _begin_multiprocessing(util: Any, process: Any) -> None:
         util._run_after_forkers()
 
 
-def finish() -> None:
+def run_exit_handlers() -> None:
     """At the end of a child: wait for its threads and run what it has registered. What fails does not change how it ends."""
     for step in (_finish_threads, atexit._run_exitfuncs, _finish_multiprocessing, _run_finalizers):
         try:
@@ -97,7 +97,7 @@ def _run_finalizers() -> None:
 def _find_finalizer() -> finalize[Any, Any] | None:
     for finalizer in reversed(_finalizers):
         info = _finalizers[finalizer]
-        if info.index < _first_number:
+        if info.index < _first_own_index:
             break
         if info.atexit:
             return finalizer

@@ -14,22 +14,22 @@ from typing import Any
 from .._loops.policy import make_policy_class
 
 # Whose set_event_loop does no more than to set it, and to tell the child watcher.
-_PLAIN = frozenset({"asyncio.events", "asyncio.unix_events", make_policy_class.__module__})
+_SIMPLE_POLICY_MODULES = frozenset({"asyncio.events", "asyncio.unix_events", make_policy_class.__module__})
 
 _WATCHERS = "_watcher", "_aiopidfd_watcher"
 
 # What asyncio's watchers know of loops, children and signals, by the names of attributes, and what a new one knows.
-_NEW: dict[str, object] = {"_loop": None, "_saved_sighandler": None, "_forks": 0}
-_EMPTY = "_callbacks", "_zombies", "_threads"
+_INITIAL_VALUES: dict[str, object] = {"_loop": None, "_saved_sighandler": None, "_forks": 0}
+_CONTAINERS = "_callbacks", "_zombies", "_threads"
 
 
-def forget_current_loop(policy: object) -> None:
+def unset_event_loop(policy: object) -> None:
     """Have no loop set, in the way of `policy`, and its child watcher know of no loop and no child."""
     attributes: dict[str, Any] = getattr(policy, "__dict__", {})
     for name in _WATCHERS:
         if attributes.get(name) is not None:
-            _renew_watcher(attributes[name])
-    if getattr(type(policy), "set_event_loop", None).__module__ not in _PLAIN:
+            _reset_watcher(attributes[name])
+    if getattr(type(policy), "set_event_loop", None).__module__ not in _SIMPLE_POLICY_MODULES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             events.set_event_loop(None)
@@ -37,12 +37,12 @@ def forget_current_loop(policy: object) -> None:
         attributes["_local"]._loop = None
 
 
-def _renew_watcher(watcher: object) -> None:
+def _reset_watcher(watcher: object) -> None:
     attributes: dict[str, Any] = getattr(watcher, "__dict__", {})
-    for name, value in _NEW.items():
+    for name, value in _INITIAL_VALUES.items():
         if name in attributes:
             attributes[name] = value
-    for name in _EMPTY:
+    for name in _CONTAINERS:
         if attributes.get(name):
             attributes[name].clear()
     if "_zombies" in attributes and "_lock" in attributes:

@@ -46,7 +46,7 @@ def reset_signals() -> None:
         if is_handler_of_loop(number):
             _set_handler(number, SIG_DFL)
         elif callable(getsignal(number)):
-            _reset_behind(number)
+            _reset_chained_handler(number)
     if is_ignored(SIGCHLD):
         _set_handler(SIGCHLD, SIG_DFL)  # else this child could not wait for children of its own
 
@@ -54,13 +54,13 @@ def reset_signals() -> None:
 _WAS_IGNORED = 2
 
 
-def _reset_behind(number: int) -> None:
+def _reset_chained_handler(number: int) -> None:
     """Reset a Python handler that a C library's is in front of, and may call."""
     keep_handler(number)
-    _set_handler(number, SIG_DFL if number in _IGNORED_BY_DEFAULT else _act_by_default)
+    _set_handler(number, SIG_DFL if number in _IGNORED_BY_DEFAULT else _raise_by_default)
     put_back_handler(number)
 
 
-def _act_by_default(number: int, _: object) -> None:
+def _raise_by_default(number: int, _: object) -> None:
     _set_handler(number, SIG_DFL)
     kill(getpid(), number)

@@ -114,24 +114,24 @@ async def _fork_server(
 
     how = afork.fork if features.made_by == "os.fork" else afork.clone
 
-    def fork(registry: Registry, gate: StartGate, live: syscalls.Live) -> None:
+    def fork(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -> None:
         snapshot = Snapshot()
 
-        def look_and_live(fd: int, mask: int) -> None:
+        def find_and_run(fd: int, mask: int) -> None:
             nonlocal inherited
             try:
                 inherited = snapshot.find_inherited()
-            except BaseException as exc:  # MemoryError, which is for `live` to raise
+            except BaseException as exc:  # MemoryError, which is for serve_here() to raise
                 inherited = exc
             snapshot.close()
-            live(fd, mask)
+            child_main(fd, mask)
 
         try:
-            how(registry, gate, look_and_live)
+            how(registry, gate, find_and_run)
         finally:
             snapshot.close()
 
-    def live() -> None:
+    def serve_here() -> None:
         if isinstance(inherited, BaseException):
             raise inherited
         replace_inherited(inherited, wire.fileno())
@@ -139,7 +139,7 @@ async def _fork_server(
 
     if features.made_by == "os.fork":
         afork.warn_of_threads(stacklevel)
-    return await afork.start_child(loop, live, Options(), fork)
+    return await afork.start_child(loop, serve_here, Options(), fork)
 
 
 def _spawn(wire: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:

@@ -114,10 +114,10 @@ def _serve_one(server: Server) -> bool:
 
 def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
     """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
-    live = functools.partial(child.run_to_end, functools.partial(_start, server, fds))
-    child_exit.note_inherited()
+    child_main = functools.partial(child.run_child, functools.partial(_init_worker, server, fds))
+    child_exit.mark_inherited_finalizers()
     try:
-        pid, pidfd = syscalls.fork_sibling(live, server.mask)
+        pid, pidfd = syscalls.fork_sibling(child_main, server.mask)
     except OSError as exc:
         return 0, -1, exc.errno or errno.EIO
     return pid, pidfd, 0
@@ -141,10 +141,10 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
             os.close(pidfd)
 
 
-def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], object]:
+def _init_worker(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], object]:
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
     os.close(server.wire.detach())
-    child_exit.begin()  # while it waits for its order
+    child_exit.reset_exit_handlers()  # while it waits for its order
     os.set_inheritable(fds[0], False)  # socket.recv_fds may not have heeded its flags
     gate = _Gate(fds[0])
     manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
@@ -156,7 +156,7 @@ def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], ob
         if numbers:
             gate.fd = _move_out_of(numbers, gate.fd)
             _renumber(fds[1:], numbers)
-        child.settle(options, gate.fd, mask)
+        child.apply_options(options, gate.fd, mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
         _tell_failure(gate.fd)
@@ -167,7 +167,7 @@ def _start(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], ob
     _write(gate.fd, STARTED)
     gate.read(len(GO))
     if not manual:
-        os.close(child.take_ready_fd())
+        os.close(child.pop_ready_fd())
     return functools.partial(copy_context().run, _run, child_func, args)
 
 
@@ -203,11 +203,11 @@ class _Gate:
 def _run(child_func: Callable[..., object], args: Sequence[object]) -> int:
     """Call `child_func`; while the parent waits for readiness, it is the parent that is told of an exception."""
     try:
-        return child.exit_code(child_func(*args))
+        return child.to_exit_code(child_func(*args))
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:
-        gate = child.take_ready_fd()
+        gate = child.pop_ready_fd()
         if gate < 0:
             raise
         _tell_failure(gate)

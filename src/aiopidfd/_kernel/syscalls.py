@@ -317,7 +317,7 @@ def set_pdeathsig(signal: int, gate: int) -> bool:
 FORK_SIBLING: Final = lib.AP_FORK_SIBLING
 
 
-Live = Callable[[int, int], object]
+ChildMain = Callable[[int, int], object]
 """What a forked child calls: with its end of its gate, and the signal mask that it is to have."""
 
 
@@ -326,10 +326,10 @@ def new_child() -> Any:
     return ffi.new("ap_child *", (0, -1, -1))
 
 
-def fork_child(struct: Any, reaper: int, number: int, live: Live, fork: Callable[[], int] | None) -> None:
+def fork_child(struct: Any, reaper: int, number: int, child_main: ChildMain, fork: Callable[[], int] | None) -> None:
     """Make a gate and fork, by `fork` or else by clone(2), as fork.h and clone.h say; what is made is in `struct`."""
     failures: list[BaseException] = []
-    result = lib.ap_child_fork(struct, reaper, number, 0 if fork is None else id(fork), id(live), id(failures))
+    result = lib.ap_child_fork(struct, reaper, number, 0 if fork is None else id(fork), id(child_main), id(failures))
     if result > 0:
         raise failures.pop()
     if result < 0:
@@ -347,10 +347,10 @@ is_ready_fd: Final[Callable[[int], int]] = lib.ap_is_ready_fd
 reinit_fork_lock: Final[Callable[[], None]] = lib.ap_reinit_fork_lock
 
 
-def fork_sibling(live: Live, mask: int) -> tuple[int, int]:
-    """Fork a child of our parent's by clone(2); return its pid and pidfd. It calls `live` with -1 and the mask, and ends."""
+def fork_sibling(child_main: ChildMain, mask: int) -> tuple[int, int]:
+    """Fork a child of our parent's by clone(2), return its pid and pidfd. The child calls child_main(-1, mask)."""
     pid, pidfd = ffi.new("int *"), ffi.new("int *", -1)
-    result = lib.ap_fork(FORK_SIBLING, id(live), -1, mask, pid, pidfd)
+    result = lib.ap_fork(FORK_SIBLING, id(child_main), -1, mask, pid, pidfd)
     if result < 0:
         raise error(-result, "clone(CLONE_PIDFD | CLONE_PARENT)")
     return pid[0], pidfd[0]

@@ -109,11 +109,11 @@ class Registry(Collector):
         self._check_open()
         return make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
 
-    def fork(self, gate: StartGate, live: syscalls.Live, fork: Callable[[], int] | None) -> None:
-        """Fork a child that stands at `gate` and calls `live`. Raises as syscalls.fork_child."""
+    def fork(self, gate: StartGate, child_main: syscalls.ChildMain, fork: Callable[[], int] | None) -> None:
+        """Fork a child that stands at `gate` and calls `child_main`. Raises as syscalls.fork_child."""
         self.gates.add(gate)
         try:
-            syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+            syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, child_main, fork)
         except OSError as exc:
             if gate.struct.pid > 0:
                 raise
@@ -121,7 +121,7 @@ class Registry(Collector):
             if not self._recover(exc):
                 raise
             self.gates.add(gate)
-            syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, live, fork)
+            syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, child_main, fork)
 
     def let_out(self, child: Child, gate: StartGate) -> bool:
         """Observe a child that was expected and let it out of its gate; return False if something is out of the ordinary."""
