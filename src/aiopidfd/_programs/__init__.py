@@ -1,4 +1,4 @@
-"""Programs: started without a stall of the loop, with pipes and transports that are the same on every loop.
+"""Programs: start them without blocking the loop, and connect their pipes in the same way on every loop.
 
-It works on any loop that has `add_reader` and `add_writer`; it knows no loop class, no watcher and no forked child.
+A loop needs `add_reader` and `add_writer`. This wing knows no loop class, no child watcher and no forked child.
 """

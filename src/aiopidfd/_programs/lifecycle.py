@@ -1,4 +1,4 @@
-"""What becomes of programs that were started: they are observed, or, where their caller gets an error instead, ended."""
+"""The life of a program: it is prepared, started, and then watched, or killed if its caller gets an error instead."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def prepare_program(registry: Registry) -> StartingProgram:
-    """Return what is to become a program, which `watch_program` observes then."""
+    """Return the state of a program that is not started yet. `watch_program` observes the program once it is."""
     program = make_starting_program(registry._reaper.fd if choose("auto") == "pidfd" else -1)
     registry.starting.add(program)
     return program
 
 
 def watch_program(registry: Registry, program: StartingProgram, observer: Observer) -> Child:
-    """Observe a program that was started; once more, to have another observer. Raises as Registry.observe."""
+    """Observe a program that was started. A second call replaces the observer. Raises what Registry.observe raises."""
     pid, popen = program.pid, program.popen
-    # What stands in for Popen may make numbers up.
+    # A replacement of Popen may invent pids.
     is_new = popen is None or type(popen).__module__ == "subprocess"
     if is_new and program in registry.starting:
         registry.claim_pid(pid)
@@ -47,8 +47,8 @@ def watch_program(registry: Registry, program: StartingProgram, observer: Observ
 
 
 def cancel_program(registry: Registry, program: StartingProgram) -> None:
-    """Kill a program whose caller gets an error instead. The registry reaps it, if it can watch it; else we do, now."""
-    # A Popen that has a returncode has reaped a child that it cannot hand over.
+    """Kill a program whose caller gets an error instead. The registry reaps it; if it cannot watch it, reap it here."""
+    # A Popen that has a returncode has reaped its child already.
     if not program.pid or getattr(program.popen, "returncode", None) is not None:
         registry.starting.discard(program)
         return
@@ -63,8 +63,8 @@ def cancel_program(registry: Registry, program: StartingProgram) -> None:
 
 
 def kill(registry: Registry, child: Child) -> None:
-    """Kill a watched child and return once it is dead, which takes no time; it is reaped with what else has ended."""
-    with registry._lock:  # so that nobody closes the pidfd meanwhile
+    """Kill a watched child and return once it is a zombie. The registry reaps it later."""
+    with registry._lock:  # or another thread could close the pidfd
         try:
             if registry.send_signal(child, signal.SIGKILL) is None:
                 syscalls.wait_id(*wait_target(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
@@ -75,21 +75,24 @@ def kill(registry: Registry, child: Child) -> None:
 
 
 def _ignore(status: ExitStatus) -> None:
-    """Observe a program that nobody waits for."""
+    """Do nothing: nobody waits for this program."""
 
 
 def _kill_and_reap(program: StartingProgram) -> None:
     """Kill and reap a program that cannot be watched."""
     popen = program.popen
     if popen is not None and getattr(type(popen).kill, "__module__", None) != "subprocess":
-        _kill_by_popen(popen)  # whatever stands in for it knows what there is to kill
+        _kill_by_popen(popen)  # a replacement of Popen knows what to kill
         return
     pid, pidfd = program.pid, program.pidfd
     if pidfd < 0:
-        with contextlib.suppress(OSError):  # EMFILE, ENFILE; or pidfds are forbidden; or (ESRCH) it is gone, as we shall see
+        # EMFILE, ENFILE: out of descriptors. ENOSYS, EPERM, EACCES: pidfds are forbidden. ESRCH: waitid() fails below.
+        with contextlib.suppress(OSError):
             pidfd = syscalls.open_pidfd(pid)
     try:
-        syscalls.wait_id(*wait_target(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)  # is it still there, and ours?
+        syscalls.wait_id(
+            *wait_target(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT
+        )  # ECHILD: another waitpid() was first
         kill_unreaped(pid, pidfd)
         ended = syscalls.wait_id(*wait_target(pid, pidfd), os.WEXITED)
         status = ExitStatus(pid, ended.status if ended else 0, "reaped")
@@ -97,7 +100,7 @@ def _kill_and_reap(program: StartingProgram) -> None:
         status = ExitStatus(pid, 0, "lost")
     except PermissionError:
         logger.warning("cannot kill process %d: it runs as another user", pid)
-        return  # Popen itself reaps it, when it starts another one
+        return  # subprocess reaps it when it starts another program
     finally:
         if pidfd >= 0:
             os.close(pidfd)
@@ -108,7 +111,7 @@ def _kill_and_reap(program: StartingProgram) -> None:
 def _kill_by_popen(popen: Popen[bytes]) -> None:
     try:
         popen.kill()
-    except PermissionError:  # `subprocess` itself reaps it, when it starts another one
+    except PermissionError:  # subprocess reaps it when it starts another program
         logger.warning("cannot kill process %d: it runs as another user", popen.pid)
     else:
         popen.wait()

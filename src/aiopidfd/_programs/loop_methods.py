@@ -1,4 +1,4 @@
-"""subprocess_exec and subprocess_shell: what a loop has as its methods, over the registry of that loop."""
+"""subprocess_exec and subprocess_shell: methods for a loop. They start a program and watch it by the loop's registry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .transport import SubprocessTransport
 
 ProtocolFactory = Callable[[], asyncio.SubprocessProtocol]
 Transported = tuple[SubprocessTransport, asyncio.SubprocessProtocol]
-# What Popen takes as a program or an argument.
+# What Popen accepts as a program or an argument.
 StrOrPath = Any
 
 
@@ -57,12 +57,12 @@ async def subprocess_shell(
     return await _start(loop, protocol_factory, cmd, (stdin, stdout, stderr), {"shell": True, **kwargs})
 
 
-# What asyncio refuses of Popen's keywords, each with the value that it allows.
+# Keywords of Popen that asyncio refuses, each with the one value that it allows.
 _FIXED = {"universal_newlines": False, "bufsize": 0, "text": False, "encoding": None, "errors": None}
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError, in asyncio's words, for what asyncio refuses; drop what says nothing."""
+    """Raise asyncio's ValueError for a keyword that asyncio refuses. Remove those with the allowed value."""
     for name, allowed in _FIXED.items():
         if name in kwargs:
             value = kwargs.pop(name)
@@ -77,11 +77,15 @@ async def _start(
     streams: tuple[Any, Any, Any],
     kwargs: dict[str, Any],
 ) -> Transported:
-    """Start a program and connect everything in one step, so that it cannot be cancelled half-made; then pass one round."""
+    """Start a program and connect its pipes and its protocol.
+
+    All of that is one step without an await, so a cancellation finds either nothing or a complete transport. Then the loop
+    runs once: other callbacks have waited for the start, and asyncio's callers can cancel here.
+    """
     if kwargs:
         _refuse_unsupported(kwargs)
     protocol = protocol_factory()
-    registry = registry_of(loop)  # fails before there is a process, if it must
+    registry = registry_of(loop)  # first: it may fail, and there is no process yet
     program = prepare_program(registry)
     process = transport = None
     try:
@@ -95,7 +99,7 @@ async def _start(
         transport._connect()
         if loop.get_debug():
             logger.debug("process %r created: %r", args[0] if isinstance(args, tuple) else args, transport)
-        await asyncio.sleep(0)  # others have waited while we started it; and asyncio's callers can cancel it here
+        await asyncio.sleep(0)
         return transport, protocol
     except GeneratorExit:
         raise
@@ -104,11 +108,11 @@ async def _start(
             await transport._wait_uncancellable()
         raise
     except BaseException:
-        # Killed before its pipes are closed, which it might take for a reason to end by itself.
+        # The kill comes first: a program may exit by itself when its pipes are closed.
         if transport is None:
             cancel_program(registry, program)
         else:
-            transport._protocol = None  # it knows nothing of the process, and need not hear of its end
+            transport._protocol = None  # connection_made() may have failed, so nothing else is called
             transport._discard()
         if process is not None:
             _close_pipes(process)

@@ -1,4 +1,11 @@
-"""Our ends of a subprocess's pipes: the same on every loop, by its public methods alone, and ready at once."""
+"""Transports for the parent's ends of a program's pipes. They use public methods of the loop only, and are ready at once.
+
+Both are subclasses of asyncio.Transport, whose methods raise NotImplementedError. So a method of the other direction raises
+it, as on uvloop's pipes.
+
+loop.connect_read_pipe and connect_write_pipe are coroutines: a start could be cancelled between two pipes, and each pipe
+would cost about five callbacks and a future.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +16,29 @@ from typing import Any, Protocol
 
 from .._watch.loop_link import add_reader, add_writer
 
-# Both are asyncio.Transport, whose methods raise NotImplementedError: so what only the other direction has raises it, as on
-# uvloop's pipes.
-
-# loop.connect_read_pipe and connect_write_pipe would do, too, but they have to be waited for: a subprocess could be
-# cancelled half-made, and each pipe costs some five callbacks and a future.
-
-_PIPE_SIZE = 65536  # what a pipe holds by default
-_HIGH_WATER = 65536  # asyncio's default, too
+_PIPE_SIZE = 65536  # the default capacity of a pipe
+_HIGH_WATER = 65536  # as asyncio's
 
 
 class PipeEnd(FileIO):
-    """Our end of a pipe. It does not warn of being left open: its process's transport does, and once is enough."""
+    """The parent's end of a pipe. It gives no ResourceWarning: the transport of its process gives one."""
 
     def __del__(self) -> None:
         self.close()
 
 
 def make_pipe_end(pipe: FileIO) -> FileIO:
-    """Return a PipeEnd for `pipe`, which is closed; `pipe` itself where there is no descriptor left for that."""
+    """Return a PipeEnd for `pipe`, and close `pipe`. Out of descriptors: return `pipe` itself."""
     try:
         end = PipeEnd(os.dup(pipe.fileno()), pipe.mode)
-    except OSError:
+    except OSError:  # EMFILE
         return pipe
     pipe.close()
     return end
 
 
 class PipeProtocol(Protocol):
-    """Who is told of a pipe's events: a part of asyncio.Protocol."""
+    """The part of asyncio.Protocol whose methods these transports call."""
 
     def data_received(self, data: bytes) -> None: ...
     def connection_lost(self, exc: Exception | None) -> None: ...
@@ -46,9 +47,9 @@ class PipeProtocol(Protocol):
 
 
 class ReadPipeTransport(asyncio.Transport):
-    """Pass on what can be read from a pipe, once `resume_reading` was called."""
+    """Read from a pipe and call `data_received`, from `resume_reading` on."""
 
-    _pipe: Any = None  # until it is ours: a constructor that is interrupted has nothing to close
+    _pipe: Any = None  # __del__ may run after an interrupted __init__
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
         """Own `pipe`, a file object."""
@@ -82,25 +83,25 @@ class ReadPipeTransport(asyncio.Transport):
             self._protocol.data_received(data)
         else:
             self._release()
-            self._protocol.connection_lost(None)  # at once: it is the loop that has called us, and not the protocol
+            self._protocol.connection_lost(None)  # without call_soon(): the caller is the loop, not the protocol
 
     def renew(self) -> None:
-        """Go on reading even if the loop is run again inside the call that is going on."""
+        """Add the reader again, so that it works while the protocol runs the loop inside this callback."""
         if self.is_reading():
             add_reader(self._loop, self._fd, self._read)
 
     def is_reading(self) -> bool:
-        """Return whether data is passed on now."""
+        """Return whether the pipe is read."""
         return not self._paused and not self._closing
 
     def pause_reading(self) -> None:
-        """Stop passing on data, until `resume_reading`."""
+        """Stop reading until `resume_reading`."""
         if self.is_reading():
             self._paused = True
             self._loop.remove_reader(self._fd)
 
     def resume_reading(self) -> None:
-        """Pass on data from now on."""
+        """Start reading, or continue."""
         if self._paused and not self._closing:
             self._paused = False
             add_reader(self._loop, self._fd, self._read)
@@ -110,7 +111,7 @@ class ReadPipeTransport(asyncio.Transport):
         return self._closing or self._loop.is_closed()
 
     def close(self) -> None:
-        """Close the pipe; what is still in it is lost."""
+        """Close the pipe. Data that is still in it is lost."""
         if self._loop.is_closed():
             self._pipe.close()
         elif not self._closing:
@@ -127,12 +128,12 @@ class ReadPipeTransport(asyncio.Transport):
 
 
 class WritePipeTransport(asyncio.Transport):
-    """Write to a pipe, what does not fit into it when it can take more.
+    """Write to a pipe. Buffer what does not fit, and write it when the pipe is writable.
 
-    As asyncio's: to write once it is closed does nothing; the other end's closing closes it.
+    As with asyncio's transport, a write after the close does nothing, and the transport closes when the other end closes.
     """
 
-    _pipe: Any = None  # until it is ours: a constructor that is interrupted has nothing to close
+    _pipe: Any = None  # __del__ may run after an interrupted __init__
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pipe: Any, protocol: PipeProtocol) -> None:
         """Own `pipe`, a file object."""
@@ -143,14 +144,14 @@ class WritePipeTransport(asyncio.Transport):
         self._protocol = protocol
         self._buffer = bytearray()
         self._closing = False
-        self._paused = False  # the protocol
+        self._paused = False  # whether the protocol is
         self._high, self._low = _HIGH_WATER, _HIGH_WATER // 4
         os.set_blocking(self._fd, False)
 
     def watch_peer(self) -> None:
-        """Be closed when nobody can read any more."""
-        # An end for writing is "readable" then. Not in __init__, whose object nobody has yet who would remove the reader if
-        # he is interrupted: libuv ends the process over a reader that is closed.
+        """Close the transport when the other end of the pipe is closed: this end is "readable" then."""
+        # Not part of __init__: after an interrupt there, nobody could remove the reader, and libuv aborts the process if a
+        # watched descriptor was closed.
         add_reader(self._loop, self._fd, self._closed_by_peer)
 
     def __repr__(self) -> str:
@@ -161,7 +162,7 @@ class WritePipeTransport(asyncio.Transport):
             self._pipe.close()  # the loop was closed before us
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Write data, or buffer what does not fit."""
+        """Write data. Buffer what does not fit."""
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         if self._closing or not data:
@@ -172,7 +173,7 @@ class WritePipeTransport(asyncio.Transport):
                 rest = rest[os.write(self._fd, rest) :]
             except (BlockingIOError, InterruptedError):
                 pass
-            except OSError as exc:  # EPIPE: nobody can read any more
+            except OSError as exc:  # EPIPE: the other end is closed
                 self._close_now(exc)
                 return
             if not rest:
@@ -196,7 +197,7 @@ class WritePipeTransport(asyncio.Transport):
         self._notify_flow()  # last: the protocol may run the loop
 
     def renew(self) -> None:
-        """Go on writing even if the loop is run again inside the call that is going on."""
+        """Add the writer again, so that it works while the protocol runs the loop inside this callback."""
         if self._buffer:
             add_writer(self._loop, self._fd, self._write_more)
 
@@ -213,7 +214,7 @@ class WritePipeTransport(asyncio.Transport):
             self._protocol.resume_writing()
 
     def can_write_eof(self) -> bool:
-        """Return True: to close a pipe is to end what is read from it."""
+        """Return True: the reader sees the end of file when the pipe is closed."""
         return True
 
     def write_eof(self) -> None:
@@ -226,29 +227,29 @@ class WritePipeTransport(asyncio.Transport):
 
     def close(self) -> None:
         """Close the pipe once all is written."""
-        if self._loop.is_closed():  # nobody will write it
+        if self._loop.is_closed():  # the rest cannot be written any more
             self._pipe.close()
         else:
             self.write_eof()
 
     def abort(self) -> None:
-        """Close the pipe, and drop what is not written."""
+        """Close the pipe now. Buffered data is lost."""
         self._close_now(None)
 
     def is_closing(self) -> bool:
-        """Return whether the pipe is closed, or will be."""
+        """Return whether the pipe is closed, or closes once all is written."""
         return self._closing or self._loop.is_closed()
 
     def get_write_buffer_size(self) -> int:
-        """Return how many bytes are not written yet."""
+        """Return how many bytes are buffered."""
         return len(self._buffer)
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
-        """Return the limits, low and high."""
+        """Return the low and the high limit."""
         return self._low, self._high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Set above how many buffered bytes the protocol is paused, and down to how many it is resumed."""
+        """Pause the protocol above `high` buffered bytes. Resume it at `low` or below."""
         if high is None:
             high = _HIGH_WATER if low is None else 4 * low
         if low is None:

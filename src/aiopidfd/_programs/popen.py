@@ -1,7 +1,7 @@
-"""subprocess.Popen: whether it is Python's own, and how it starts a program.
+"""subprocess.Popen: whether it is unmodified, and how it starts a program.
 
-Mocks, tracers (by wrapping, by replacing code), sandboxes and gevent put something of their own in the place of Popen, or of
-its methods. They must see what is started, as they do on asyncio's loops; so then it is started by what stands there.
+Mocks, tracers, sandboxes and gevent replace or wrap Popen or its methods, or replace the code of those methods. They expect
+to see every program that is started, as they do on asyncio's loops. So a modified Popen starts all programs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .streams import NeedsPopen, Streams
 
 
 def _find_popen() -> type[Any]:
-    """Return Python's own Popen, whatever stands in its place by now."""
+    """Return Python's own Popen, even if subprocess.Popen is something else by now."""
     for cls in (*getattr(subprocess.Popen, "__mro__", ()), *object.__subclasses__()):
         if (cls.__module__, cls.__qualname__) == ("subprocess", "Popen"):
             return cls  # type: ignore[no-any-return] # object.__subclasses__() is a list of types
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 else:
     PythonsPopen = _find_popen()
 
-# What decides, or sees, what is started.
+# The methods that decide how a program is started.
 _METHODS: Final = ("__init__", "_execute_child", "_get_handles")
 _GLOBALS: Final = vars(subprocess)
 _FILE: Final = subprocess.list2cmdline.__code__.co_filename
 _get_fork: Final = attrgetter("_fork_exec" if sys.version_info >= (3, 11) else "_posixsubprocess.fork_exec")
 
-# What was plain at the last look, and is so as long as it is the same: the methods and their code, and what forks.
+# What the last full check has found unmodified: the methods, their code, and the function that forks. As long as they are
+# the same objects, no full check is needed.
 _unmodified: tuple[Any, ...] = (object(),) * 7
 
 
 def is_popen_unmodified() -> bool:
-    """Return whether subprocess.Popen is Python's own, and nothing in it was replaced or wrapped."""
-    global _unmodified  # noqa: PLW0603 - Popen is the process's
+    """Return whether subprocess.Popen is Python's own, with no method replaced or wrapped."""
+    global _unmodified  # noqa: PLW0603 - a process has one Popen
     methods: Any = PythonsPopen.__dict__
     if subprocess.Popen is not PythonsPopen or "__new__" in methods:
         return False
@@ -62,10 +63,10 @@ def is_popen_unmodified() -> bool:
     for name in _METHODS:
         function = methods.get(name)
         if (
-            type(function) is not FunctionType  # a proxy says of itself what that which it wraps would say
+            type(function) is not FunctionType  # a proxy has the attributes of what it wraps
             or function.__globals__ is not _GLOBALS
             or function.__code__.co_filename != _FILE
-            or function.__dict__  # where those that replace code keep the code that was there
+            or function.__dict__  # tools that replace the code keep the original here
         ):
             return False
         seen += function, function.__code__
@@ -79,21 +80,21 @@ def is_popen_unmodified() -> bool:
 def popen(
     program: StartingProgram, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any
 ) -> subprocess.Popen[bytes]:
-    """Start a program by subprocess.Popen, or by what stands in its place, with the arguments that asyncio gives it."""
+    """Start a program by subprocess.Popen, or by its replacement, with the arguments that asyncio gives it."""
     keywords = {"shell": False, "universal_newlines": False, "bufsize": 0, **kwargs}
     if not is_popen_unmodified():
         process: subprocess.Popen[bytes] = subprocess.Popen(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)
         program.popen = process
         return process
-    # Until Python 3.11.4, when Popen cannot make its second pipe it loses the first, so it is given pipes.
+    # Before Python 3.11.4, Popen leaks its first pipe if it cannot make the second. So it gets pipes that exist already.
     # https://github.com/python/cpython/issues/87474
     streams = None
     if sys.version_info < (3, 11, 4) and "pipesize" not in kwargs:
-        with contextlib.suppress(NeedsPopen):  # Popen will say what is wrong
+        with contextlib.suppress(NeedsPopen):  # Popen raises the right error
             streams = Streams(stdin, stdout, stderr)
     if streams is not None:
         stdin, stdout, stderr = (None if fd < 0 else fd for fd in streams.child_fds)
-    # Known before it has a child, so that an interrupt on the way out of it does not lose that.
+    # `program` has the object before there is a child: a KeyboardInterrupt at the end of __init__ does not lose the child.
     process = program.popen = subprocess.Popen.__new__(subprocess.Popen)
     try:
         process.__init__(args, stdin=stdin, stdout=stdout, stderr=stderr, **keywords)  # type: ignore[misc]

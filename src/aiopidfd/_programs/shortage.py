@@ -1,4 +1,4 @@
-"""Descriptors for one more program where none are left: some that run give theirs back, and are watched by SIGCHLD."""
+"""Out of descriptors: close the pidfds of running programs, and watch those programs by SIGCHLD."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from .._backends.backend import logger
 from .._watch.registry import Registry
 from .._watch.starting import StartingProgram
 
-# Three pipes have six ends, and subprocess.Popen makes one more for errors.
+# Three pipes have six ends. subprocess.Popen opens one more pipe for errors.
 _ENOUGH = 8
 
 
 def free_descriptors(registry: Registry) -> bool:
-    """Close the pidfds of some programs that are watched; return whether there were any.
+    """Close the pidfds of some watched programs. Return whether there were any.
 
-    Of programs alone: nobody else knows the number of such a pidfd, as who calls `fileno` of a forked child's handle does.
+    Forked children keep theirs: a user may have got the number from the `fileno` method of the child's handle.
     """
     freed = 0
     with registry._lock:
@@ -21,5 +21,5 @@ def free_descriptors(registry: Registry) -> bool:
             if freed < _ENOUGH and isinstance(child._key, StartingProgram) and not (child.peek or child.stranger):
                 freed += registry.watch_by_sigchld(child)
     if freed:
-        logger.info("watching %d running programs by SIGCHLD, since there are no descriptors left for another one", freed)
+        logger.info("out of descriptors: watching %d running programs by SIGCHLD", freed)
     return freed > 0

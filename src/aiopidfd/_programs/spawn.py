@@ -1,4 +1,4 @@
-"""Start a program: in C where that can do it, by subprocess.Popen where not. Popen is the measure of what it means."""
+"""Start a program as subprocess.Popen does: in C if the options allow it, else by Popen itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from .._watch.starting import StartingProgram
 from .popen import PythonsPopen, is_popen_unmodified, popen
 from .streams import INHERITED, NeedsPopen, Streams, check_descriptor
 
-# The rest is Popen's: what a child in its parent's memory cannot do (preexec_fn; user and groups, whose libc calls take
-# locks), and what is rare. So is anything in a call that is not plainly right: Popen does it, or refuses it in its words.
+# Options that the C code supports. The others need subprocess.Popen: preexec_fn, user and groups cannot work in a child that
+# shares its parent's memory (the libc calls take locks), and the rest is rare. A value of an unexpected type needs Popen,
+# too: Popen accepts it, or raises the right error.
 _SUPPORTED = frozenset(
     {"shell", "cwd", "env", "executable", "close_fds", "pass_fds", "restore_signals", "start_new_session", "umask"}
 ) | ({"process_group"} if sys.version_info >= (3, 11) else set())
 
-# clone with CLONE_PIDFD, tried: None until then, and after that what it answered, 0 for success.
+# The last result of clone(CLONE_PIDFD): 0 for success, else the errno. None: it has not been called yet.
 _clone_errno: int | None = None
 
 _CLONE_UNAVAILABLE = syscalls.FORBIDDEN | {errno.EINVAL}
@@ -31,7 +32,7 @@ _CLONE_UNAVAILABLE = syscalls.FORBIDDEN | {errno.EINVAL}
 def start(
     program: StartingProgram, args: Any, stdin: Any, stdout: Any, stderr: Any, **kwargs: Any
 ) -> subprocess.Popen[bytes]:
-    """Start a program as `subprocess.Popen(args, ...)` does, which raises what goes wrong. `program` has its pid then."""
+    """Start a program as `subprocess.Popen(args, ...)` does, with the same exceptions. Set the pid in `program`."""
     if program.reaper_fd >= 0 and kwargs.keys() <= _SUPPORTED and _clone_errno in (None, 0) and is_popen_unmodified():
         try:
             process = _spawn(program, args, stdin, stdout, stderr, **kwargs)
@@ -61,7 +62,7 @@ def _spawn(
     umask: int = -1,
     process_group: int | None = None,
 ) -> subprocess.Popen[bytes] | None:
-    """Start a program in C; return None if clone with CLONE_PIDFD is not to be had here."""
+    """Start a program in C. Return None if clone(CLONE_PIDFD) is not available."""
     argv = [args] if isinstance(args, (str, bytes)) else list(args)
     if shell:
         argv = ["/bin/sh", "-c", *argv]
@@ -70,7 +71,7 @@ def _spawn(
     if executable is None:
         executable = argv[0]
     if pass_fds and not close_fds:
-        raise NeedsPopen  # Popen warns of that
+        raise NeedsPopen  # it warns about this combination
     sys.audit("subprocess.Popen", executable, argv, cwd, env)
     encoded_argv = [_encode(arg) for arg in argv]
     path = encoded_argv[0] if executable is argv[0] else _encode(executable)
@@ -122,7 +123,7 @@ def _spawn(
 
 
 def _remember_clone(code: int) -> None:
-    global _clone_errno  # noqa: PLW0603 - what the kernel allows is the process's
+    global _clone_errno  # noqa: PLW0603 - the answer is the same in the whole process
     if _clone_errno != code:
         _clone_errno = code
         if code:
@@ -152,7 +153,7 @@ def _encode_env(env: Any) -> list[bytes]:
 
 
 def _search_path(program: bytes, env: Any) -> list[bytes]:
-    # What get_exec_path finds in our own environment, without the warning filters that it sets and restores.
+    # For our own environment this does what os.get_exec_path does, without its changes to the warning filters.
     directories = os.environ.get("PATH", os.defpath).split(os.pathsep) if env is None else os.get_exec_path(env)
     return [os.path.join(_encode(directory), program) for directory in directories]
 
@@ -164,13 +165,13 @@ def _check_int(value: Any) -> int:
 
 
 class _Process(PythonsPopen):
-    """The Popen of a program that Popen has not started: what it offers for a child, and how it ends, is the same."""
+    """The Popen object of a program that was started in C. It has Popen's methods and attributes."""
 
-    # What Popen.__init__ sets on Python 3.9 to 3.15 before it starts the child, and after; here, what is the same for all.
+    # What Popen.__init__ sets on Python 3.9 to 3.15: attributes with the same value for every program.
     encoding = errors = pipesize = process_group = _input = None
     text_mode = _communication_started = False
     _closed_child_pipe_fds = True
-    _child_created = False  # else it is asked for by pid once it is dropped; but the registry reaps it, by pidfd
+    _child_created = False  # or __del__ would call waitpid(); the registry reaps the child, by pidfd
     _sigint_wait_secs = 0.25
 
     def __init__(self, args: Any, pid: int, streams: Streams) -> None:

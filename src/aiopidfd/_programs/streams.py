@@ -12,27 +12,28 @@ from .pipes import PipeEnd
 
 
 class NeedsPopen(Exception):
-    """The call has something that only Popen can do, or has to refuse in its words."""
+    """The call has options that need subprocess.Popen: it supports them, or raises the right error."""
 
 
 def check_descriptor(value: Any) -> int:
-    """Return `value` if it can be a descriptor."""
+    """Return `value` if it can be a descriptor. NeedsPopen if not."""
     if not isinstance(value, int) or not 0 <= value <= 0x7FFFFFFF:
         raise NeedsPopen
     return value
 
 
 class Streams:
-    """The child's ends and ours."""
+    """The child's ends of the three standard streams, and the parent's ends of those that are pipes."""
 
     _closing: Iterator[None] = iter(())  # until __init__ makes one
 
     def __init__(self, stdin: Any, stdout: Any, stderr: Any) -> None:
         self.parent_ends: list[FileIO | None] = [None, None, None]
-        self._to_close: list[int] = []  # to be closed here once the child has them
-        # Each once, with no place for an interrupt between taking and closing it: close() returns None, and `any` goes on.
+        self._to_close: list[int] = []  # the child has copies of them
+        # `any` takes a descriptor and closes it in one C call, so a KeyboardInterrupt closes each exactly once. os.close()
+        # returns None, so `any` continues.
         self._closing = map(os.close, self._to_close)
-        self._devnull = -1  # one for all of them
+        self._devnull = -1  # one for all streams
         made = [-1, -1, -1]
         try:
             for number, wanted in enumerate((stdin, stdout, stderr)):
@@ -61,18 +62,18 @@ class Streams:
         return check_descriptor(wanted if isinstance(wanted, int) else wanted.fileno())
 
     def close_child_ends(self) -> None:
-        """Close the child's ends of the pipes, and what else was opened for it."""
+        """Close the child's ends of the pipes, and /dev/null if it was opened."""
         any(self._closing)
 
-    # If it was interrupted.
+    # After an interrupt, nothing else closes them.
     __del__ = close_child_ends
 
     def close_parent_ends(self) -> None:
-        """Close our ends of the pipes."""
+        """Close the parent's ends of the pipes."""
         for stream in self.parent_ends:
             if stream is not None:
                 stream.close()
 
 
-# Those of every program that has them from us: nothing was made for them, and nothing is to be closed.
+# For every program that inherits all three streams. It owns no descriptor.
 INHERITED: Final = Streams(None, None, None)

@@ -1,4 +1,4 @@
-"""Subprocess transports over the registry: the same on every loop."""
+"""The subprocess transport. It is the same on every loop: the registry reports the exit."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from .pipes import ReadPipeTransport, WritePipeTransport, make_pipe_end
 
 
 def runs_user_code(protocol: asyncio.BaseProtocol) -> bool:
-    """Return whether the protocol, being called, may call a user's code: any but asyncio's own, which completes futures."""
+    """Return whether a method of the protocol may run code of the user. asyncio's own protocol only completes futures."""
     return type(protocol) is not SubprocessStreamProtocol
 
 
 class SubprocessTransport(asyncio.SubprocessTransport):
     """One subprocess and the transports of its pipes.
 
-    It differs from asyncio's in this: signals go by pidfd, so never to a recycled pid, and `Process.wait()` ends when
-    the process does, whoever still holds its pipes.
+    Two things differ from asyncio's transport. Signals are sent by pidfd, so never to a recycled pid. `Process.wait()`
+    returns when the process has exited, even if another process still holds its pipes.
     """
 
-    _closed = True  # until the process is watched: a constructor that fails has nothing to close
-    _runs_user_code = False  # and no context
+    # __del__ may run after a failed __init__.
+    _closed = True
+    _runs_user_code = False
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         try:
             self._child = watch_program(registry, program, self._process_exited)
         except (ProcessLookupError, ChildProcessError):
-            # Somebody else has reaped it between its birth and our pidfd_open.
+            # Another waitpid() reaped it between its start and our pidfd_open().
             if process.returncode is None:
                 warn_lost(process.pid)
             loop.call_soon(self._process_exited, ExitStatus(process.pid, 0, "lost"))
@@ -75,18 +76,18 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def __del__(self) -> None:
         self._forget_context()
-        # The registry holds a transport whose process runs, so this one has ended, or its loop is closed: nothing to kill.
+        # The registry refers to the transport of a running process. So the process has exited, or the loop is closed.
         if not self._closed:
             warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     def _connect(self) -> None:
-        """Connect the pipes, and the protocol after them."""
+        """Connect the pipes. Then call `connection_made`."""
         process = self._process
         for fd, made in enumerate((process.stdin, process.stdout, process.stderr)):
             if made is None:
                 continue
             file: Any = made
-            if type(made) is FileIO:  # Popen has made it
+            if type(made) is FileIO:  # from subprocess.Popen
                 file = make_pipe_end(made)
                 setattr(process, ("stdin", "stdout", "stderr")[fd], file)
             pipe = self._pipes[fd] = _PipeProtocol(self, fd)
@@ -95,20 +96,20 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 pipe.transport.watch_peer()
             else:
                 pipe.transport = ReadPipeTransport(self._loop, file, pipe)
-                pipe.transport.resume_reading()  # from the next round on: the protocol may pause it now
+                pipe.transport.resume_reading()  # data arrives later: connection_made() may pause it first
         assert self._protocol is not None
         self._call(self._protocol.connection_made, self)
 
     def _call(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call a method that calls the protocol, in the context of whoever has started the process.
+        """Call a method that calls the protocol, in the context of the code that started the process.
 
-        Not by way of call_soon, so that a reader is paused before more is read. What the protocol raises must reach
-        neither the pipe's transport nor the registry. Each call has a copy of the context, as on asyncio's loops: a context
-        cannot be entered twice, and the protocol may call us, or run the loop.
+        The call is direct, without call_soon(): a protocol that pauses a reader gets no more data. An exception of the
+        protocol goes to the loop's exception handler, not to the pipe's transport or the registry. Each call has a copy of
+        the context, as on asyncio's loops: a context cannot be entered twice, and the protocol may call us, or run the loop.
         """
         context = self._registry.contexts.get(id(self)) if self._runs_user_code else None
         try:
-            if context is None:  # nobody's code is called, or all is over
+            if context is None:  # no code of the user runs, or connection_lost() was called
                 callback(*args)
             else:
                 context.copy().run(callback, *args)
@@ -117,7 +118,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._loop.call_exception_handler({"message": message, "exception": exc, "transport": self})
 
     def _process_exited(self, status: ExitStatus) -> None:
-        # If it was Popen.poll() or wait() that took the status, Popen knows it.
+        # If Popen.poll() or Popen.wait() reaped the process, Popen has the returncode.
         if status.source == "lost" and self._process.returncode is not None:
             self._returncode = self._process.returncode
         else:
@@ -151,7 +152,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._try_finish()
 
     def _try_finish(self) -> None:
-        """Tell the protocol of the end once it knows that the process has exited and that the pipes are closed."""
+        """Call `connection_lost` once `process_exited` was called and all pipes are closed."""
         if self._exit_notified and self._protocol is not None and all(p.lost for p in self._pipes.values()):
             protocol, self._protocol = self._protocol, None
             self._closed = True
@@ -163,11 +164,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._registry.contexts.pop(id(self), None)
 
     def _can_nest(self) -> bool:
-        """Return whether the protocol, being called, may run the loop."""
+        """Return whether a method of the protocol may run the loop again."""
         return self._runs_user_code and can_nest(self._loop)
 
     async def _wait(self) -> int:
-        """Wait until the process has exited; asyncio.subprocess.Process.wait() calls it."""
+        """Wait until the process has exited. asyncio.subprocess.Process.wait() calls this."""
         if self._returncode is None:
             waiter = self._loop.create_future()
             self._waiters.add(waiter)
@@ -179,7 +180,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._returncode
 
     async def _wait_uncancellable(self) -> None:
-        """Wait until the process has exited, however often that is cancelled: it has been killed."""
+        """Wait until the process has exited, and ignore cancellation: the process was killed, so the wait is short."""
         while self._returncode is None:
             try:
                 await self._wait()
@@ -187,14 +188,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 continue
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Set the protocol that is told from now on."""
+        """Set the protocol whose methods are called from now on."""
         if self._protocol is not None and not self._runs_user_code and runs_user_code(protocol):
             self._runs_user_code = True
             self._registry.contexts[id(self)] = copy_context()
         self._protocol = protocol  # type: ignore[assignment] # the stub is wider than what a subprocess can have
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """Return the protocol; None, as asyncio's transports do, once it has been told of the end."""
+        """Return the protocol. As with asyncio's transports, it is None once `connection_lost` was called."""
         return self._protocol  # type: ignore[return-value] # asyncio's stub does not know of None
 
     def get_pid(self) -> int:
@@ -202,20 +203,20 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._process.pid
 
     def get_returncode(self) -> int | None:
-        """Return the exit code, or -signum; None while the process runs."""
+        """Return the exit code, or -signum, or None while the process runs."""
         return self._returncode
 
     def get_pipe_transport(self, fd: int) -> asyncio.BaseTransport | None:
-        """Return the transport of the process's stdin (0), stdout (1) or stderr (2), if that is a pipe of ours."""
+        """Return the transport of the process's stdin (0), stdout (1) or stderr (2), or None if that is no pipe of ours."""
         pipe = self._pipes.get(fd)
         return None if pipe is None else pipe.transport
 
     def send_signal(self, signal: int) -> None:
-        """Send the signal to the process and to no other. Logged, and not sent, if it has ended.
+        """Send the signal to the process and to no other. If the process has ended, log a warning and send nothing.
 
         Raises:
-            ProcessLookupError: it has ended, and the protocol was told of it.
-            OSError: EINVAL, no such signal; EPERM, it runs as another user.
+            ProcessLookupError: the process has ended, and `connection_lost` was called.
+            OSError: EINVAL, no such signal; EPERM, the process runs as another user.
         """
         if self._protocol is None:
             raise ProcessLookupError(f"process {self._process.pid} has ended")
@@ -232,16 +233,16 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self.send_signal(9)
 
     def is_closing(self) -> bool:
-        """Return whether `close` was called, or all is over."""
+        """Return whether `close` was called, or `connection_lost`."""
         return self._closed
 
     def close(self) -> None:
-        """Close the pipes and kill the process, as asyncio's transports do; it is reaped all the same."""
+        """Kill the process and close its pipes, as asyncio's transports do. The process is reaped in any case."""
         if not self._closed:
             self._kill_and_close()
 
     def _discard(self) -> None:
-        """Kill the process and close its pipes: its caller gets an error instead."""
+        """Kill the process and drop its pipes: the caller gets an error instead of a transport."""
         self._closed = True
         if self._child is not None and self._returncode is None:
             kill(self._registry, self._child)
@@ -250,15 +251,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 pipe.transport.abort()
 
     def _kill_and_close(self) -> bool:
-        """Do what `close` does; return False if the process may not be killed, so that its end may be far."""
+        """Do what `close` does. Return False if the process cannot be killed: it may run for long."""
         self._closed = True
         killed = True
         if self._child is not None and self._returncode is None:
-            try:  # before its pipes are closed, which it might take for a reason to end by itself
+            try:  # first: a program may exit by itself when its pipes are closed
                 obstacle = self._registry.send_signal(self._child, 9)
             except PermissionError:  # it runs as another user now
                 obstacle = "runs as another user"
-            except OSError as exc:  # its loop is closed, and there is no descriptor left
+            except OSError as exc:  # EMFILE, ENFILE: the loop is closed, and there is no descriptor for a new pidfd
                 obstacle = f"cannot be reached: {exc.strerror}"
             if obstacle not in (None, ENDED):
                 logger.warning("cannot kill process %d: it %s", self._process.pid, obstacle)
@@ -270,7 +271,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
 
 class _PipeProtocol:
-    """Pass the events of one pipe on to the transport of its process."""
+    """Pass the events of one pipe to the transport of its process."""
 
     def __init__(self, owner: SubprocessTransport, fd: int) -> None:
         self.transport: Any = None
