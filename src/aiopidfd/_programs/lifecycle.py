@@ -90,9 +90,8 @@ def _kill_and_reap(program: StartingProgram) -> None:
         with contextlib.suppress(OSError):
             pidfd = syscalls.open_pidfd(pid)
     try:
-        syscalls.wait_id(
-            *wait_target(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT
-        )  # ECHILD: another waitpid() was first
+        # ECHILD: another waitpid() reaped it, and the pid may be another process's.
+        syscalls.wait_id(*wait_target(pid, pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
         kill_unreaped(pid, pidfd)
         ended = syscalls.wait_id(*wait_target(pid, pidfd), os.WEXITED)
         status = ExitStatus(pid, ended.status if ended else 0, "reaped")
