@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #endif
 #include "epolls.h"
-#include "owned.h"
+#include "tracked_fds.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -59,7 +59,7 @@ static int is_epoll(int fd, int probe)
 /* Note `fd` if it is an epoll descriptor. Returns whether it is open. */
 static int look_at(int fd, int probe)
 {
-    int found = ap_owns(fd) ? 0 : is_epoll(fd, probe); /* a forked child closes what we own, reapers among it */
+    int found = ap_is_tracked_fd(fd) ? 0 : is_epoll(fd, probe); /* a forked child closes what we own, reapers among it */
 
     if (found == 1)
         note(fd);

@@ -7,7 +7,8 @@
 #include "reaper.h"
 #include "child.h"
 #include "epolls.h"
-#include "owned.h"
+#include "sigchld.h"
+#include "tracked_fds.h"
 #include "clone.h"
 #include "fork.h"
 
@@ -49,8 +50,10 @@ int ap_is_ready_fd(int fd)
     return fstat(fd, &found) == 0 && found.st_ino == ready_socket.st_ino && found.st_dev == ready_socket.st_dev;
 }
 
-void ap_reinit_fork_lock(void)
+void ap_after_fork_in_child(void)
 {
+    ap_close_inherited();
+    ap_sigchld_after_fork();
     fork_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 }
 
@@ -195,5 +198,5 @@ void ap_child_close_gate(ap_child *child)
 
     child->gate = -1;
     if (gate >= 0)
-        ap_close_owned(gate);
+        ap_close_tracked_fd(gate);
 }

@@ -10,7 +10,7 @@
 typedef struct {
     int pid;   /* 0 until it was forked */
     int pidfd; /* -1: none */
-    int gate;  /* our end of its gate, -1: none; owned, and held by the reaper as after ap_reaper_open_gate */
+    int gate;  /* our end of its gate, -1: none; tracked, and held by the reaper as after ap_reaper_open_gate */
 } ap_child;
 
 /* Make a gate (see ap_reaper_open_gate) and fork, by calling `fork` as os.fork, or by ap_fork if it is 0, all signals blocked
@@ -38,7 +38,8 @@ void ap_note_ready_fd(int fd);
 /* Return whether `fd` is still that socket. A child may have closed all descriptors, and opened others of the same numbers. */
 int ap_is_ready_fd(int fd);
 
-/* In any forked child: make the lock new by which forks take turns. It may be held by a thread that does not exist here. */
-void ap_reinit_fork_lock(void);
+/* In any forked child: close the copies of tracked descriptors, put SIGCHLD back to what it was before our handler, and make
+ * the lock new by which forks take turns: a thread that does not exist here may hold it. */
+void ap_after_fork_in_child(void);
 
 #endif

@@ -3,7 +3,7 @@
 #endif
 #include "pidfd.h"
 #include "reaper.h"
-#include "owned.h"
+#include "tracked_fds.h"
 #include "syscalls.h"
 
 #include <errno.h>
@@ -45,7 +45,7 @@ int ap_reaper_open(void)
     int reaper = epoll_create1(EPOLL_CLOEXEC);
     if (reaper < 0)
         return -errno;
-    ap_own(reaper);
+    ap_track_fd(reaper);
     return reaper;
 }
 
@@ -75,7 +75,7 @@ int ap_reaper_adopt(int reaper, int pid, int pidfd, int flags)
     }
     if (epoll_ctl(reaper, EPOLL_CTL_ADD, pidfd, &event) < 0)
         return -errno;
-    ap_own(pidfd);
+    ap_track_fd(pidfd);
     return 0;
 }
 
@@ -99,7 +99,7 @@ long long ap_reaper_open_gate(int reaper, int number)
         (void)close(ends[1]);
         return -err;
     }
-    ap_own(ends[0]);
+    ap_track_fd(ends[0]);
     return (long long)ends[0] << 32 | ends[1];
 }
 
@@ -114,7 +114,7 @@ void ap_reaper_remove(int reaper, int pidfd)
     /* DEL before close: a forked process may hold a copy, and then close alone would leave the interest in the set,
      * out of reach and firing for ever. */
     (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
-    ap_close_owned(pidfd);
+    ap_close_tracked_fd(pidfd);
 }
 
 /* How the process ended whose pidfd has become readable. Returns 1 with *ret_exit written, 0 for "not yet". */
@@ -141,7 +141,7 @@ static int reap_one(int pid, int pidfd, int options, uint32_t events, ap_exit *r
 }
 
 /* What has come through a gate. */
-static void hear_gate(uint64_t data, ap_exit *ret_exit)
+static void read_gate(uint64_t data, ap_exit *ret_exit)
 {
     char word;
     ssize_t length = recv((int)(data & 0x7fffffff), &word, 1, MSG_DONTWAIT);
@@ -173,7 +173,7 @@ int ap_reaper_reap(int reaper, ap_batch *batch)
             continue;
         }
         if (data & GATE) {
-            hear_gate(data, ended);
+            read_gate(data, ended);
             batch->count++;
             continue;
         }
@@ -200,6 +200,6 @@ void ap_batch_release(ap_batch *batch)
     for (i = 0; i < batch->count; i++)
         if (batch->exits[i].pidfd >= 0)
             pidfds[count++] = batch->exits[i].pidfd;
-    ap_close_all_owned(pidfds, count);
+    ap_close_tracked_fds(pidfds, count);
     batch->count = 0;
 }

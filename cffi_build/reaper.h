@@ -17,7 +17,7 @@ typedef struct {
     ap_exit exits[AP_BATCH];
 } ap_batch;
 
-/* Open a reaper: an epoll descriptor, close-on-exec, readable while something in it has ended. To be closed by ap_close_owned,
+/* Open a reaper: an epoll descriptor, close-on-exec, readable while something in it has ended. To be closed by ap_close_tracked_fd,
  * which a forked child does with its copy of it, and with those of all pidfds that a reaper holds. */
 int ap_reaper_open(void);
 
@@ -38,7 +38,7 @@ int ap_reaper_add_wake(int reaper, int fd);
 
 /* Make a gate for a child that is to be forked: a socket pair, both ends close-on-exec. The reaper holds ours, which does not
  * block, until it has told once of a byte or the end of the stream, as an exit whose pid is minus `number` (below 2^30).
- * Returns ours << 32 | the child's; close them by ap_close_owned and close. */
+ * Returns ours << 32 | the child's; close them by ap_close_tracked_fd and close. */
 long long ap_reaper_open_gate(int reaper, int number);
 
 /* Let go of a pidfd and close it. It is closed even if the reaper did not hold it. */

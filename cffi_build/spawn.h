@@ -15,7 +15,7 @@ enum {
 typedef struct {
     int pid;   /* 0 until it was started */
     int pidfd; /* once there is a pid; -1: none */
-    int held;  /* the reaper holds the pidfd, which is owned as after ap_reaper_add */
+    int held;  /* the reaper holds the pidfd, which is tracked as after ap_reaper_add */
 } ap_birth;
 
 /* Start a program as vfork(2) and execve(2) do, close-on-exec races and at-fork hooks spared, and hold its pidfd in the

@@ -64,7 +64,7 @@ _LOCK_IN_C = """
 import ctypes, os, signal, sys, threading, warnings
 from aiopidfd._kernel import syscalls
 warnings.simplefilter("ignore")  # of a fork beside a thread
-os.register_at_fork(after_in_child=syscalls.let_go)
+os.register_at_fork(after_in_child=syscalls.after_fork_in_child)
 (entered_read, entered), (go, go_write) = os.pipe(), os.pipe()
 ctypes.CDLL(sys.argv[1]).hold_next(entered, go)
 thread = threading.Thread(target=syscalls.install_sigchld)

@@ -133,12 +133,12 @@ def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reap
     ends = lib.ap_reaper_open_gate(reaper.fd, 1)
     ours, childs = ends >> 32, ends & 0xFFFFFFFF
     os.close(childs)
-    syscalls.close_owned(ours)
+    syscalls.close_tracked_fd(ours)
     os.dup2(0, ours)  # somebody else's from now on
     pid = os.fork()
     if pid == 0:
         try:
-            syscalls.let_go()
+            syscalls.after_fork_in_child()
             os.fstat(ours)
             os._exit(0)
         finally:
@@ -184,7 +184,7 @@ def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: Reaper) ->
         with_pipes = open_descriptors()
         assert not {*pidfds} - {pidfds[2]} & {*with_pipes}
         assert {*others, pidfds[2]} <= {*with_pipes}
-        syscalls.close_owned(pidfds[2])
+        syscalls.close_tracked_fd(pidfds[2])
     for fd in others:
         os.close(fd)
     assert open_descriptors() == before
@@ -194,7 +194,7 @@ _RELEASE = """
 import os
 from aiopidfd._kernel import syscalls
 from aiopidfd._kernel.reaper import Reaper, SOURCE_REAPED
-os.register_at_fork(after_in_child=syscalls.let_go)
+os.register_at_fork(after_in_child=syscalls.after_fork_in_child)
 reaper = Reaper()
 pids = [os.posix_spawn("/bin/true", ["true"], {}) for _ in range(4)]
 pidfds = [reaper.add(pid, 0) for pid in pids]

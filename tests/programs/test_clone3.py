@@ -41,8 +41,7 @@ def compile_objects(folder: Path, sources: list[Path], *options: str) -> list[st
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What is not about clone3."""
-    sources = [path for path in (ROOT / "cffi_build").glob("*.c") if path.stem in {"pidfd", "reaper", "owned", "child"}]
-    sources += (ROOT / "cffi_build").glob("sigchld*.c")
+    sources = [ROOT / "cffi_build" / name for name in ("pidfd.c", "reaper.c", "tracked_fds.c", "child.c")]
     return compile_objects(tmp_path_factory.mktemp("others"), [*sources, ROOT / "tests" / "helpers" / "spawner.c"], "-fPIC")
 
 

@@ -112,7 +112,7 @@ def recent_replacement() -> str:
 
 
 def forget_after_fork() -> None:
-    """In a forked child: the handler, which `let_go` has put away, and all that it watches, are the parent's."""
+    """In a forked child: the handler, which `after_fork_in_child` has removed, and all that it watches, are the parent's."""
     global _abandoned  # noqa: PLW0603 - the handler is the process's
     _reinit_lock()  # another thread of the parent may have held it
     if _backends:

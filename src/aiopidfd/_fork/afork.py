@@ -17,8 +17,8 @@ from types import FunctionType
 from typing import TypeVar, cast
 
 from .._kernel import proc, syscalls, threads
+from .._kernel.at_fork import call_in_forked_children
 from .._kernel.exit_status import ExitStatus
-from .._kernel.syscalls import reinit_fork_lock
 from .._watch.registry import Registry
 from .._watch.start_gate import StartGate
 from .child import ChildSpec, Options, Ready, close_inherited_ready_fd, init_child, run_child
@@ -37,7 +37,6 @@ _COROUTINE_OR_GENERATOR = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | in
 
 # The parent's ends of the gates of fork servers' workers, and their like: no other child may hold a copy.
 _gates: set[socket.socket] = set()
-_hooked = False
 
 
 class ChildStartError(Exception):
@@ -167,11 +166,8 @@ def keep_from_children(gate: socket.socket) -> None:
 
 
 def hook_forks() -> None:
-    """Have forked children let go of what is their parent's."""
-    global _hooked  # noqa: PLW0603 - a process has one at-fork hook
-    if not _hooked:
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-        _hooked = True
+    """Have each forked child close what only its parent may hold."""
+    call_in_forked_children(_after_fork_in_child)
 
 
 def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: Fork) -> AbstractChildProcess:
@@ -233,7 +229,6 @@ def clone(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -
 
 def _after_fork_in_child() -> None:
     """In any forked child: let go of the gates, so that each has one holder on either side."""
-    reinit_fork_lock()
     if _gates:
         for gate in _gates:
             gate.close()

@@ -22,7 +22,7 @@ class LastResort:
         """Keep a pidfd of our own, if there is room for one."""
         self._pidfd = -1
         with contextlib.suppress(OSError):  # EBADF: it has none, or has ended. EMFILE: out of descriptors
-            self._pidfd = syscalls.dup_owned(child.fileno())
+            self._pidfd = syscalls.dup_tracked_fd(child.fileno())
 
     def __del__(self) -> None:
         self.close()
@@ -31,7 +31,7 @@ class LastResort:
         """Let the process be."""
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
-            syscalls.close_owned(pidfd)
+            syscalls.close_tracked_fd(pidfd)
 
     def end(self) -> None:
         """Kill the process, and wait until it is a zombie: who is to reap it has been asked for that, or will be."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from .._ext import ffi, lib
-from .syscalls import RECORD, close_owned, disown, error
+from .syscalls import RECORD, close_tracked_fd, error, untrack_fd
 
 ADD_PEEK: Final = lib.AP_ADD_PEEK
 ADD_CHECK_CHILD: Final = lib.AP_ADD_CHECK_CHILD
@@ -69,7 +69,7 @@ class Reaper:
         """Be closed: somebody else has closed the descriptor, whose number may be another one's by now."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            disown(fd)
+            untrack_fd(fd)
 
     def reopen(self) -> None:
         """Be open again, once closed. EMFILE, ENFILE: out of descriptors."""
@@ -131,7 +131,7 @@ class Reaper:
         """Close the epoll descriptor."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            close_owned(fd)
+            close_tracked_fd(fd)
 
 
 BATCH_SIZE: Final = lib.AP_BATCH

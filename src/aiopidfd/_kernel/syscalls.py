@@ -250,26 +250,26 @@ def reap_abandoned() -> int:
     return lib.ap_sigchld_reap_abandoned()
 
 
-def disown(fd: int) -> None:
+def untrack_fd(fd: int) -> None:
     """Have forked children not close their copy of `fd`: it was closed by somebody else."""
-    lib.ap_disown(fd)
+    lib.ap_untrack_fd(fd)
 
 
-def close_owned(fd: int) -> None:
+def close_tracked_fd(fd: int) -> None:
     """Close a descriptor of which a forked child would close its copy: a reaper, a pidfd in it, a gate."""
-    lib.ap_close_owned(fd)
+    lib.ap_close_tracked_fd(fd)
 
 
-def dup_owned(fd: int) -> int:
-    """Return a copy of a descriptor, to be closed by `close_owned`. EBADF; EMFILE: out of descriptors."""
+def dup_tracked_fd(fd: int) -> int:
+    """Return a copy of a descriptor, to be closed by `close_tracked_fd`. EBADF; EMFILE: out of descriptors."""
     copy = os.dup(fd)
-    lib.ap_own(copy)
+    lib.ap_track_fd(copy)
     return copy
 
 
-# In a forked child: close the copies of what is owned, and put SIGCHLD back. Neither this nor the next few are functions of
-# Python's, whose pages a newly forked child would have to copy.
-let_go: Final[Callable[[], None]] = lib.ap_let_go
+# In a forked child: close the copies of tracked descriptors, put SIGCHLD back, and make the fork lock new. Neither this nor
+# the next few are functions of Python's, whose pages a newly forked child would have to copy.
+after_fork_in_child: Final[Callable[[], None]] = lib.ap_after_fork_in_child
 
 
 BEHIND: Final = ", and behind it "
@@ -344,7 +344,6 @@ close_gate: Final[Callable[[Any], None]] = lib.ap_child_close_gate
 set_exit_code: Final[Callable[[int], None]] = lib.ap_set_exit_code
 note_ready_fd: Final[Callable[[int], None]] = lib.ap_note_ready_fd
 is_ready_fd: Final[Callable[[int], int]] = lib.ap_is_ready_fd
-reinit_fork_lock: Final[Callable[[], None]] = lib.ap_reinit_fork_lock
 
 
 def fork_sibling(child_main: ChildMain, mask: int) -> tuple[int, int]:

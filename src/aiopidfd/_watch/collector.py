@@ -199,7 +199,7 @@ class Collector:
         pid, flags = child.pid, ADD_PEEK if child.peek else 0
         pidfd, child.pidfd = child.pidfd, -1
         if not is_pidfd_of(pidfd, pid):
-            syscalls.disown(pidfd)
+            syscalls.untrack_fd(pidfd)
             pidfd = -1
             if not child.stranger:
                 flags |= ADD_CHECK_CHILD
@@ -218,7 +218,7 @@ class Collector:
             self._report_lost(child)
         finally:
             if pidfd >= 0:
-                syscalls.close_owned(pidfd)
+                syscalls.close_tracked_fd(pidfd)
 
     def _plan_look(self, delay_s: float, number: float) -> None:
         self.link.call_later(delay_s, self._look, number)

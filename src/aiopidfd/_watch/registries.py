@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import weakref
 from _thread import RLock
 
 from .._backends.sigchld_backend import forget_after_fork, settle_abandoned
-from .._kernel.syscalls import is_expected_child, let_go
+from .._kernel.at_fork import call_in_forked_children
+from .._kernel.syscalls import after_fork_in_child, is_expected_child
 from .continued import inherit, leave
 from .registry import Registry
 
@@ -20,7 +20,6 @@ _inherited: dict[int, weakref.ReferenceType[Registry]] = {}
 _lock = RLock()  # re-entrant as the registries' own, for Python signal handlers
 # What the threading module calls in a child; a new lock would cost ten pages.
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
-_hooked = False
 
 
 def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
@@ -39,7 +38,6 @@ def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
 
 
 def _make(loop: asyncio.AbstractEventLoop) -> Registry:
-    global _hooked  # noqa: PLW0603 - a process has one at-fork hook, put in place by the first registry
     if loop.is_closed():
         raise RuntimeError("the event loop is closed")
     settle_abandoned()
@@ -47,9 +45,7 @@ def _make(loop: asyncio.AbstractEventLoop) -> Registry:
         known = _registries.get(id(loop))
         registry = None if known is None else known()
         if registry is None or registry.loop() is not loop:
-            if not _hooked:
-                os.register_at_fork(after_in_child=_after_fork_in_child)
-                _hooked = True
+            call_in_forked_children(_after_fork_in_child)
             _leave_inherited(loop)
             registry = Registry(loop, _forget)
             _registries[id(loop)] = weakref.ref(registry)
@@ -78,7 +74,7 @@ def find_registries() -> list[Registry]:
 
 def _after_fork_in_child() -> None:
     # Each page that this writes to, and each function that it calls, is a page or more to be copied: so it is short.
-    let_go()
+    after_fork_in_child()
     _reinit_lock()  # another thread of the parent may have held it
     is_ours = is_expected_child()  # by afork or a fork server: it gives up its parent's loops
     for key, known in _registries.items():

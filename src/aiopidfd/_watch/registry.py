@@ -312,7 +312,7 @@ class Registry(Collector):
             for child in children:
                 child.drop_observers()
                 if child.pidfd >= 0:
-                    syscalls.close_owned(child.pidfd)
+                    syscalls.close_tracked_fd(child.pidfd)
                     child.pidfd = -1
             self._children.clear()
             self.contexts.clear()

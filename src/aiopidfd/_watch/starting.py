@@ -80,5 +80,5 @@ def kill_unwatched(programs: set[StartingProgram]) -> list[int]:
                 syscalls.wait_id(*wait_target(program.pid, program.pidfd), os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 kill_unreaped(program.pid, program.pidfd)
             if program.pidfd >= 0:
-                syscalls.close_owned(program.pidfd)
+                syscalls.close_tracked_fd(program.pidfd)
     return left
