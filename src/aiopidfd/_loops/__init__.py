@@ -1,4 +1,4 @@
-"""The plug: loop classes, a policy and a child watcher whose programs and children go through the registry.
+"""Loops: loop classes, an event loop policy and a child watcher, whose subprocesses the registry watches.
 
-It knows nothing of forked children.
+This wing knows nothing of forked children.
 """

@@ -1,4 +1,4 @@
-"""Loop classes whose subprocesses are started and reaped through the registry, and `run()`."""
+"""Loop classes that start subprocesses in C and reap them by the registry, and `run()`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 class SelectorEventLoop(Plugged, asyncio.SelectorEventLoop):  # type: ignore[misc] # Plugged's signatures are wider
-    """asyncio's loop, with subprocesses that need no policy, no child watcher, no thread and no signal."""
+    """asyncio's loop. Its subprocesses need no policy, no child watcher, no thread and no signal."""
 
 
-@lru_cache(maxsize=1)  # one class, for users and for `run()`
+@lru_cache(maxsize=1)  # users and `run()` get the same class
 def make_uvloop_class() -> type[asyncio.AbstractEventLoop]:
     """Return the class `UvloopEventLoop`. ImportError: uvloop is not installed."""
     try:
-        import uvloop  # noqa: PLC0415 - an extra, loaded by those who use it
+        import uvloop  # noqa: PLC0415 - an optional dependency
     except ImportError as exc:
         raise ImportError("UvloopEventLoop needs uvloop: pip install 'aiopidfd[uvloop]'") from exc
 
     class UvloopEventLoop(Plugged, uvloop.Loop):  # type: ignore[misc] # Plugged's signatures are wider
-        """uvloop's loop, with subprocesses that cost no fork() and whose end is seen whoever reaps them."""
+        """uvloop's loop. Its subprocesses start without fork(), and their exit is reported even if other code reaps them."""
 
     UvloopEventLoop.__module__ = "aiopidfd"
     UvloopEventLoop.__qualname__ = "UvloopEventLoop"
@@ -35,7 +35,7 @@ def make_uvloop_class() -> type[asyncio.AbstractEventLoop]:
 
 
 def best_loop_factory() -> LoopFactory:
-    """Return our loop class on uvloop if that is installed, else on asyncio's own loop."""
+    """Return `UvloopEventLoop` if uvloop is installed, else `SelectorEventLoop`."""
     try:
         return make_uvloop_class()
     except ImportError:
@@ -43,13 +43,13 @@ def best_loop_factory() -> LoopFactory:
 
 
 def run(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None = None, debug: bool | None = None) -> _T:
-    """Run a coroutine as `asyncio.run` does, on every Python, on a loop from `loop_factory`.
+    """Run a coroutine as `asyncio.run` does, on a loop from `loop_factory`. Works on every Python.
 
-    Without a factory: `UvloopEventLoop` if uvloop is installed, else `SelectorEventLoop`.
+    The default is `UvloopEventLoop` if uvloop is installed, else `SelectorEventLoop`.
 
     Raises:
         ValueError: `main` is not a coroutine.
-        RuntimeError: a loop runs in this thread already.
+        RuntimeError: a loop is already running in this thread.
     """
     if not asyncio.iscoroutine(main):
         raise ValueError(f"a coroutine was expected, got {main!r}")
@@ -76,7 +76,7 @@ def _run_before_runner(main: Coroutine[Any, Any, _T], factory: LoopFactory, debu
             left = asyncio.all_tasks(loop)
             for task in left:
                 task.cancel()
-            if left:  # an empty gather() looks for a current loop, and Python 3.10.0 to 3.10.8 warn that there is none
+            if left:  # gather() of nothing needs a current loop: Python 3.10.0 to 3.10.8 warn that there is none
                 loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             for task in left:
                 if not task.cancelled() and task.exception() is not None:

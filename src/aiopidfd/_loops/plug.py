@@ -1,4 +1,4 @@
-"""The plug: the subprocesses of a loop go through its registry, whatever its class."""
+"""Plug into a loop: replace its two methods that start subprocesses. Works with a loop of any class."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from .._programs.loop_methods import Transported, subprocess_exec, subprocess_sh
 
 
 class Plugged:
-    """What our loop classes have before the loop that they extend: the loop is the first argument of these functions."""
+    """The mixin of our loop classes. It stands before the loop class among the bases, so these methods are used."""
 
     subprocess_exec = subprocess_exec
     subprocess_shell = subprocess_shell
 
 
-# Loops that somebody else made, and the watchers that have plugged into them. A watcher that was dropped stays plugged.
+# Loops of other classes, each with the watchers that are plugged into it. A watcher that was garbage collected stays
+# plugged.
 _plugs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[weakref.ref[object]]] = weakref.WeakKeyDictionary()
 
 
 def plug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
-    """Have the subprocesses of `loop` go through its registry, until every watcher that plugged it has unplugged it."""
+    """Have `loop` start its subprocesses by our functions, until each watcher that called this has called `unplug`."""
     if isinstance(loop, Plugged):
         return
     plugs = _plugs.setdefault(loop, set())
     if not plugs:
-        # On the instance, so that other loops of the class stay as they are. Weak: the loop must not hold itself.
+        # Set on the instance: other loops of its class do not change. Weak: the loop must not refer to itself.
         for function in (subprocess_exec, subprocess_shell):
             setattr(loop, function.__name__, partial(_call_plugged, function, weakref.ref(loop)))
     plugs.add(weakref.ref(watcher))
 
 
 def unplug(loop: asyncio.AbstractEventLoop, watcher: object) -> None:
-    """Take back `plug`."""
+    """Undo `plug`. The loop has its own methods again when the last watcher is unplugged."""
     plugs = _plugs.get(loop)
     if plugs is None:
         return

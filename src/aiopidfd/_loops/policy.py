@@ -1,4 +1,4 @@
-"""`EventLoopPolicy`, for programs that still set one."""
+"""`EventLoopPolicy`, for programs that set an event loop policy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .watcher import PidfdWatcher
 
 
 def make_policy_class() -> type[Any]:
-    """Return the class `EventLoopPolicy`; made on demand, since Python 3.14 warns of every look at a policy class.
+    """Make the class `EventLoopPolicy`. Made on demand: Python 3.14 warns of each access to asyncio's policy classes.
 
-    ImportError: there are no event loop policies, as from Python 3.16 on.
+    ImportError: this Python has no event loop policies (3.16 and newer).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -28,10 +28,10 @@ def make_policy_class() -> type[Any]:
             ) from None
 
     class EventLoopPolicy(base):  # type: ignore[misc] # the base depends on the Python version
-        """For programs that still set an event loop policy (Python 3.9 to 3.15): its loops are `loop_factory`'s.
+        """An event loop policy (Python 3.9 to 3.15) that makes loops by `loop_factory`.
 
-        Without a factory: `UvloopEventLoop` if uvloop is installed, else `SelectorEventLoop`. On Python 3.9 to 3.13
-        `asyncio.get_child_watcher` and `set_child_watcher` work, on uvloop too.
+        The default is `UvloopEventLoop` if uvloop is installed, else `SelectorEventLoop`. On Python 3.9 to 3.13
+        `asyncio.get_child_watcher` and `set_child_watcher` work, also with uvloop.
         """
 
         def __init__(self, loop_factory: LoopFactory | None = None) -> None:
@@ -44,19 +44,19 @@ def make_policy_class() -> type[Any]:
             return self._aiopidfd_factory()
 
         def get_child_watcher(self) -> Any:
-            """Return the child watcher, a `PidfdWatcher` unless another one was set."""
+            """Return the child watcher: a `PidfdWatcher` unless another one was set."""
             if self._aiopidfd_watcher is None:
                 self._aiopidfd_watcher = PidfdWatcher()
             return self._aiopidfd_watcher
 
         def set_child_watcher(self, watcher: Any) -> None:
-            """Set the child watcher, and close the one before. Subprocesses of our loops do not need one."""
+            """Set the child watcher and close the previous one. Subprocesses of our loops need none."""
             if self._aiopidfd_watcher is not None:
                 self._aiopidfd_watcher.close()
             self._aiopidfd_watcher = watcher
 
         def set_event_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
-            """Set the current loop; in the main thread attach the child watcher to it, as asyncio's policy does."""
+            """Set the current loop. In the main thread, attach the child watcher to it, as asyncio's policy does."""
             super().set_event_loop(loop)
             if self._aiopidfd_watcher is not None and threading.current_thread() is threading.main_thread():
                 self._aiopidfd_watcher.attach_loop(loop)

@@ -1,4 +1,4 @@
-"""`PidfdWatcher`, a child watcher for any loop, and `wait()`, for any process."""
+"""`PidfdWatcher`, a child watcher for any loop, and `wait()` for any process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .plug import plug, unplug
 
 
 def _watcher_base() -> type:
-    """Return asyncio's AbstractChildWatcher, of which set_child_watcher wants an instance; it is gone in Python 3.14."""
+    """Return asyncio's AbstractChildWatcher: set_child_watcher needs an instance of it. Python 3.14 has removed it."""
     return getattr(asyncio, "AbstractChildWatcher", object)
 
 
 def check_pid(pid: object) -> None:
-    """Raise TypeError or ValueError unless `pid` can be a process."""
+    """Raise TypeError or ValueError unless `pid` can be the pid of a process."""
     if not isinstance(pid, int) or isinstance(pid, bool):
         raise TypeError(f"pid must be an int, not {type(pid).__name__}")
     if not 0 < pid <= 0x7FFFFFFF:
@@ -31,23 +31,23 @@ def check_pid(pid: object) -> None:
 
 
 with warnings.catch_warnings():
-    # Python 3.12 and 3.13 warn of every subclass of AbstractChildWatcher; the user has made none.
+    # Python 3.12 and 3.13 warn of every subclass of AbstractChildWatcher. This one is not the user's.
     warnings.simplefilter("ignore", DeprecationWarning)
 
     class PidfdWatcher(_watcher_base()):  # type: ignore[misc] # the base depends on the Python version
-        """A child watcher that works on every loop, in every thread, without signals and without threads.
+        """A child watcher that works on every loop and in every thread. It starts no thread, and needs no signal.
 
         `asyncio.set_child_watcher(PidfdWatcher())` (Python 3.9 to 3.13) makes asyncio's subprocesses use it. On every
-        Python and every loop `add_child_handler` works from the running loop. All watchers of one loop share one
-        registration and one reap per process. A watcher may be used from many loops.
+        Python, `add_child_handler` works in a running loop of any kind. All watchers of one loop share one registration
+        and one reap of each process. A watcher may be used by many loops.
         """
 
         def __init__(self, *, backend: Choice = "auto") -> None:
             """Make a watcher.
 
             Args:
-                backend: "auto" watches by pidfd where that is possible, else by SIGCHLD; the environment variable
-                    AIOPIDFD_BACKEND may say otherwise. "pidfd" and "sigchld" insist.
+                backend: "auto" watches by pidfd where that is possible, else by SIGCHLD, unless the environment variable
+                    AIOPIDFD_BACKEND names one of the two. "pidfd" and "sigchld" use that one in any case.
 
             Raises:
                 ValueError: there is no such backend.
@@ -57,12 +57,12 @@ with warnings.catch_warnings():
             require(self._backend)
             self._attached: weakref.ReferenceType[asyncio.AbstractEventLoop] | None = None
             self._closed = False
-            # The last one used: its loop is most likely the next one's, too.
+            # The one that was used last. Most watchers have one loop.
             self._registry: weakref.ReferenceType[Registry] | None = None
 
         @property
         def _loop(self) -> asyncio.AbstractEventLoop | None:
-            # Weak: a loop that is dropped is garbage, also while its watcher is the policy's.
+            # Weak: the policy keeps its watcher, and that must not keep the loop.
             return None if self._attached is None else self._attached()
 
         def __repr__(self) -> str:
@@ -75,7 +75,7 @@ with warnings.catch_warnings():
         def __exit__(
             self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
         ) -> None:
-            """Do nothing: asyncio enters its watcher for each subprocess, and goes on using it."""
+            """Do nothing: asyncio enters and exits its watcher for each subprocess."""
 
         def is_active(self) -> bool:
             """Return whether `add_child_handler` would find a running loop."""
@@ -84,10 +84,10 @@ with warnings.catch_warnings():
             return _get_running_loop() is not None or (self._loop is not None and self._loop.is_running())
 
         def attach_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
-            """Plug into `loop`: from now on its subprocesses go through us, whoever made the loop. None: take that back.
+            """Plug into `loop`, of any class: from now on we start and reap its subprocesses. None undoes that.
 
-            `add_child_handler` uses it where no loop is running: in other threads, and before it runs.
-            Handlers that are pending when a loop is detached are dropped, with a RuntimeWarning, as by asyncio's watchers.
+            `add_child_handler` uses this loop where no loop is running: in other threads, and before the loop runs.
+            When a loop is detached, pending handlers are dropped with a RuntimeWarning, as by asyncio's watchers.
             """
             if loop is not None and not isinstance(loop, asyncio.AbstractEventLoop):
                 raise TypeError(f"attach_loop() needs an event loop or None, not {type(loop).__name__}")
@@ -105,7 +105,7 @@ with warnings.catch_warnings():
                 plug(loop, self)
 
         def close(self) -> None:
-            """Detach the loop and drop the handlers of every loop. The processes go on, no longer watched by us."""
+            """Detach the loop and drop the handlers of all loops. The processes continue, unwatched."""
             self._closed = True
             self._registry = None
             self.attach_loop(None)
@@ -126,16 +126,16 @@ with warnings.catch_warnings():
             return registry
 
         def add_child_handler(self, pid: int, callback: Callable[..., object], *args: Any) -> None:
-            """Have `callback(pid, returncode, *args)` called in the loop's thread, once, when the child ends.
+            """Call `callback(pid, returncode, *args)` once, in the loop's thread, when the child has ended.
 
-            Also if it has ended already and is a zombie. A second call for the same pid replaces the first. A status that
-            somebody else has taken is reported as 255 if the kernel cannot tell it (before Linux 6.15).
+            The child may be a zombie already. A second call for the same pid replaces the first. If another waitpid() reaped
+            the child, Linux 6.15 and newer still report its status; before, the returncode is 255.
 
             Raises:
-                TypeError, ValueError: `pid` is not a positive int, or `callback` cannot be called.
-                RuntimeError: there is no running loop, and none attached.
-                ProcessLookupError: there is no such process; if it was a child, somebody has reaped it.
-                ChildProcessError: it is not a child of this process; `wait()` can wait for it.
+                TypeError, ValueError: `pid` is not a positive int, or `callback` is not callable.
+                RuntimeError: no loop is running, and none is attached.
+                ProcessLookupError: there is no such process. If it was a child, another waitpid() reaped it.
+                ChildProcessError: the process is not a child of this process. `wait()` can wait for it.
                 OSError: EMFILE, ENFILE, out of descriptors; ENOSYS, EPERM, EACCES, pidfds are forbidden here.
             """
             if type(pid) is not int or not 0 < pid <= 0x7FFFFFFF:
@@ -149,19 +149,21 @@ with warnings.catch_warnings():
             registry.observe_child(pid, self, callback, args, self._backend)
 
         def remove_child_handler(self, pid: int) -> bool:
-            """Take back `add_child_handler`; return whether there was a handler. The child is no longer reaped by us."""
+            """Undo `add_child_handler`. Return whether there was a handler. We do not reap the child any more."""
             return any(registry.unobserve(pid, self) for registry in find_registries())
 
 
 async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
-    """Wait until the process has ended, and return how.
+    """Wait until the process has ended, and return how it ended.
 
-    Any process can be waited for: a child (also one that subprocess, multiprocessing or a C library has started) or a
-    stranger. A stranger's status is known since Linux 6.15, if its parent reaps it; otherwise its returncode is None
-    and its source "not-child". Without pidfds a stranger is looked at in /proc once a second; where /proc does not show it
-    its end is noticed when its parent has reaped it, and not if its number is another process's by then.
+    Any process can be waited for. It may be a child, whoever started it: subprocess, multiprocessing or a C library. It may
+    be a stranger, that is, another process's child. The kernel reports a stranger's status since Linux 6.15, when its
+    parent has reaped it. Otherwise the returncode is None and the source is "not-child".
 
-    Cancellation leaves the process alone, and unwatched if nobody else waits.
+    Without pidfds, a stranger is looked up in /proc once a second. Where /proc does not show it, the exit is noticed when
+    the parent has reaped it; it is not noticed if another process has the same pid by then.
+
+    Cancellation does not affect the process. If nobody else waits for it, it is not watched any more.
 
     Args:
         pid: the process.
@@ -169,8 +171,8 @@ async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
 
     Raises:
         TypeError, ValueError: `pid` is not a positive int.
-        RuntimeError: there is no running loop.
-        ProcessLookupError: there is no such process, or it has ended and was reaped already; or `pid` is a thread's ID.
+        RuntimeError: no loop is running.
+        ProcessLookupError: there is no such process, or it was reaped already, or `pid` is the ID of a thread.
         OSError: EMFILE, ENFILE, out of descriptors; ENOSYS, EPERM, EACCES, pidfds are forbidden here.
     """
     check_pid(pid)
