@@ -49,13 +49,13 @@ async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(
     with held(2) as ours, held(20) as foreign:
         tasks = await watch(*ours)
         looks: list[bool] = []
-        begin_look = sigchld_backend.SigchldBackend.begin_look
+        begin_scan = sigchld_backend.SigchldBackend.begin_scan
 
         def note(self: sigchld_backend.SigchldBackend, number: float) -> bool:
-            looks.append(begin_look(self, number))
+            looks.append(begin_scan(self, number))
             return looks[-1]
 
-        monkeypatch.setattr(sigchld_backend.SigchldBackend, "begin_look", note)
+        monkeypatch.setattr(sigchld_backend.SigchldBackend, "begin_scan", note)
         for child in foreign:
             child.end_unreaped(0)
             os.waitpid(child.pid, 0)
@@ -71,7 +71,7 @@ async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(
 
 
 async def test_many_exits_of_others_cost_one_look(no_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sigchld_backend, "_LOOK_DELAY_S", 3600.0)
+    monkeypatch.setattr(sigchld_backend, "_SCAN_DELAY_S", 3600.0)
     planned: list[float] = []
     with one_held() as ours, held(5) as foreign:
         (task,) = await watch(ours)
@@ -97,7 +97,7 @@ async def test_exit_that_a_signal_has_named_is_told_at_once_though_no_look_is_du
     with held(2) as (foreign, ours):
         (task,) = await watch(ours)
         foreign.end_unreaped(9)
-        backend_of_this_loop()._look_after = float("inf")
+        backend_of_this_loop()._scan_after = float("inf")
         ours.end_unreaped(7)
         await drain()
         assert task.done()

@@ -52,7 +52,7 @@ def test_warning_of_a_lost_status_looks_everywhere_for_what_has_the_kernel_reap(
 ) -> None:
     monkeypatch.setattr(syscalls, "describe_sigchld", lambda: present)
     monkeypatch.setattr(sigchld_backend, "recent_replacement", lambda: recent)
-    assert lost_status.find_thief().startswith(expected)
+    assert lost_status.find_likely_cause().startswith(expected)
 
 
 @pytest.mark.parametrize("set_up", [ignore, discard, handle_in_c_and_discard])
@@ -67,9 +67,9 @@ async def test_what_had_the_kernel_reap_is_found_behind_ours(
             os.waitpid(one.pid, 0)  # the kernel has reaped it
         tasks += await watch(two)  # puts ours back in front
         assert describe_sigchld().startswith("ours")
-        assert "so that the kernel reaps children itself" in lost_status.find_thief()
+        assert "so that the kernel reaps children itself" in lost_status.find_likely_cause()
         sigchld_backend._replaced = (0.0, "")  # as if that were long ago
-        assert "before aiopidfd handled it" in lost_status.find_thief()
+        assert "before aiopidfd handled it" in lost_status.find_likely_cause()
         check_now()
         assert (await tasks[0]).source == "lost"
         two.end(2)
@@ -80,4 +80,4 @@ def test_harmless_handler_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> Non
     """libuv's, which asks for its own children only."""
     action = "ours, and behind it a handler in /x/site-packages/uvloop/loop.so"
     monkeypatch.setattr(syscalls, "describe_sigchld", lambda: action)
-    assert "another thread" in lost_status.find_thief()
+    assert "another thread" in lost_status.find_likely_cause()

@@ -59,7 +59,7 @@ async def main():
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     for _ in range(10):
         await asyncio.sleep(0)
-    assert not told.done() and child.end is None  # nobody has reaped it, so nobody can know
+    assert not told.done() and child.result is None  # nobody has reaped it, so nobody can know
     os.waitpid(pid, 0)
     status = await asyncio.wait_for(told, 10)
     print(status.returncode, status.source)

@@ -17,7 +17,7 @@ from .._kernel.exit_status import LOST_RETURNCODE
 from . import sigchld_backend
 from .backend import logger
 
-_NOBODY_KNOWN = "another thread or library of this process that calls wait(), or a second watcher"
+_UNKNOWN_CAUSE = "another thread or library of this process that calls wait(), or a second watcher"
 
 
 def warn_lost(pid: int) -> None:
@@ -26,11 +26,11 @@ def warn_lost(pid: int) -> None:
         "child process pid %d: somebody else has reaped it, its exit status is lost; will report returncode %d. Likely: %s",
         pid,
         LOST_RETURNCODE,
-        find_thief(),
+        find_likely_cause(),
     )
 
 
-def find_thief() -> str:
+def find_likely_cause() -> str:
     """Say who is likely to have reaped a child of ours: what SIGCHLD is set to, or was a moment ago, or else some thread."""
     present, _, behind = syscalls.describe_sigchld().partition(syscalls.BEHIND)
     recent = sigchld_backend.recent_replacement().partition(syscalls.BEHIND)[0]
@@ -39,7 +39,7 @@ def find_thief() -> str:
         return f"SIGCHLD is {why}, so that the kernel reaps children itself"
     if why := _why_kernel_reaps(recent):
         return f"SIGCHLD is {why}, or was a moment ago, so that the kernel reaps children itself"
-    handler = next(filter(None, map(_name_handler, (present, behind, recent))), _NOBODY_KNOWN)
+    handler = next(filter(None, map(_name_handler, (present, behind, recent))), _UNKNOWN_CAUSE)
     if why := _why_kernel_reaps(behind):
         return f"SIGCHLD was {why} before aiopidfd handled it, so that the kernel reaped children itself; or else {handler}"
     return handler

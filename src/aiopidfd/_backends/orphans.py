@@ -10,7 +10,7 @@ import os
 
 from .._kernel import syscalls
 from .._kernel.identity import Identity, identify, inode_of, is_forbidden, started_at
-from .sigchld_backend import unabandoned
+from .sigchld_backend import kept_from_handler
 
 # Why a signal was not sent, as what is said of the process.
 ENDED = "has ended"
@@ -43,7 +43,7 @@ class Orphan:
                 raise
             pidfd = -1
         try:
-            with unabandoned(pid):
+            with kept_from_handler(pid):
                 return self._signal(pid, pidfd, pgid, signal)
         finally:
             if pidfd >= 0:

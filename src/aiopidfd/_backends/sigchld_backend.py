@@ -23,12 +23,12 @@ CHECK_INTERVAL_S = 1.0
 # Signals merge, so that after each there is doubt whether others have ended, too. To look for them costs the more the more
 # children there are; so that is done in a fiftieth of the time at most, not counting what a child that is found would have
 # cost anyway. What must wait longer, the check finds.
-_REST_AFTER_LOOK = 49
+_REST_AFTER_SCAN = 49
 _EXIT_COST_S = 0.0001
 
 # After a signal that was for others: until then they have reaped their zombie, and nothing need be asked but the kernel's
 # list. Many such signals cost one look.
-_LOOK_DELAY_S = 0.1
+_SCAN_DELAY_S = 0.1
 
 _NEVER = float("inf")
 
@@ -147,7 +147,7 @@ def abandon(pids: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def unabandoned(pid: int) -> Iterator[None]:
+def kept_from_handler(pid: int) -> Iterator[None]:
     """Have the handler leave an abandoned child alone meanwhile, so that its number stays its own."""
     with _lock:
         claimed = syscalls.claim_abandoned(pid)
@@ -171,14 +171,14 @@ def settle_abandoned() -> None:
 class SigchldBackend(Backend):
     """Watch children by pid. A chained SIGCHLD handler in C wakes the loop's reaper; then we look at what is dead."""
 
-    __slots__ = ("__weakref__", "_identities", "_look_after", "_pids", "_plan", "_planned_for", "_strangers", "is_due")
+    __slots__ = ("__weakref__", "_identities", "_pids", "_plan", "_planned_for", "_scan_after", "_strangers", "is_scan_due")
 
     name = "sigchld"
 
     def __init__(self, reaper: Reaper, plan: Callable[[float, float], object]) -> None:
         """EMFILE, ENFILE: out of descriptors.
 
-        `plan(delay_s, number)` is to call `begin_look(number)` in so many seconds, in the loop's thread.
+        `plan(delay_s, number)` is to call `begin_scan(number)` in so many seconds, in the loop's thread.
         """
         reaper.add_wake(syscalls.open_sigchld())
         self._pids = Pids()
@@ -188,8 +188,8 @@ class SigchldBackend(Backend):
         self._strangers: dict[int, bytes | None] = {}
         self._plan = plan
         self._planned_for = _NEVER
-        self._look_after = 0.0
-        self.is_due = False  # to be looked for those that no signal has named, by `reap`
+        self._scan_after = 0.0
+        self.is_scan_due = False  # to be looked for those that no signal has named, by `reap`
         _backends.add(weakref.ref(self, _backends.discard))
 
     def add(self, pid: int, flags: int) -> int:
@@ -246,29 +246,29 @@ class SigchldBackend(Backend):
     def reap(self) -> Iterator[Record]:
         """Reap those that signals have named, and look for others, if that is due; where there is doubt, plan to."""
         yield from self._take(self._pids.reap_named)
-        if self.is_due:
-            yield from self._look()
-            self.is_due = False  # not before: an interrupt must not lose it
+        if self.is_scan_due:
+            yield from self._scan()
+            self.is_scan_due = False  # not before: an interrupt must not lose it
         doubt = self._pids.doubt
         if doubt and len(self._pids):
             # Not at once: let those that were found be told first.
-            self._plan_look(0.0 if doubt & DOUBT_NOW else _LOOK_DELAY_S)
+            self._plan_scan(0.0 if doubt & DOUBT_NOW else _SCAN_DELAY_S)
 
-    def _plan_look(self, delay_s: float) -> None:
+    def _plan_scan(self, delay_s: float) -> None:
         now = time.monotonic()
-        at = max(now + delay_s, self._look_after)
+        at = max(now + delay_s, self._scan_after)
         if at < self._planned_for:
             self._planned_for = at
             self._plan(at - now, at)
 
-    def begin_look(self, number: float) -> bool:
+    def begin_scan(self, number: float) -> bool:
         """Return whether `reap` is to be called now: what was planned under this number was not overtaken."""
         if number != self._planned_for:
             return False
-        self._planned_for, self.is_due = _NEVER, True
+        self._planned_for, self.is_scan_due = _NEVER, True
         return True
 
-    def _look(self) -> Iterator[Record]:
+    def _scan(self) -> Iterator[Record]:
         """Reap all that have ended: by one walk over the kernel's list, where that can find them."""
         began, before = time.thread_time(), len(self._pids)
         doubt = self._pids.take_doubt()
@@ -276,7 +276,7 @@ class SigchldBackend(Backend):
         if (doubt | self._pids.take_doubt()) & DOUBT_ALL:
             yield from self._take(self._pids.reap_all)
         in_vain_s = time.thread_time() - began - (before - len(self._pids)) * _EXIT_COST_S
-        self._look_after = time.monotonic() + max(in_vain_s, 0.0) * _REST_AFTER_LOOK
+        self._scan_after = time.monotonic() + max(in_vain_s, 0.0) * _REST_AFTER_SCAN
 
     def _take(self, reap: Callable[[], tuple[int, Iterator[Record]]]) -> Iterator[Record]:
         """Reap in one of the ways of `Pids` until there is no more."""

@@ -115,7 +115,7 @@ class Collector:
             self._take_records(records)
             reaper.release()
         sigchld = self._sigchld
-        if sigchld is not None and (reaper.woken or sigchld.is_due):
+        if sigchld is not None and (reaper.woken or sigchld.is_scan_due):
             self._take_records(sigchld.reap())
             reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
         return count == BATCH_SIZE
@@ -220,11 +220,11 @@ class Collector:
             if pidfd >= 0:
                 syscalls.close_tracked_fd(pidfd)
 
-    def _plan_look(self, delay_s: float, number: float) -> None:
-        self.link.call_later(delay_s, self._look, number)
+    def _plan_scan(self, delay_s: float, number: float) -> None:
+        self.link.call_later(delay_s, self._scan, number)
 
-    def _look(self, number: float) -> None:
-        if self._sigchld is not None and self._sigchld.begin_look(number):
+    def _scan(self, number: float) -> None:
+        if self._sigchld is not None and self._sigchld.begin_scan(number):
             self.collect()
 
     def _start_checking(self) -> None:
@@ -280,7 +280,7 @@ class Collector:
 
     def _get_sigchld(self) -> SigchldBackend:
         if self._sigchld is None:
-            self._sigchld = SigchldBackend(self._reaper, self._plan_look)
+            self._sigchld = SigchldBackend(self._reaper, self._plan_scan)
             sigchld_collectors[id(self)] = self
         return self._sigchld
 
