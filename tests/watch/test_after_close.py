@@ -111,10 +111,10 @@ def test_signal_goes_to_no_other_process_with_the_number(
     if known_by != "inode":
         monkeypatch.setattr(identity, "inode_of", lambda *_: None)
     if known_by == "nothing":
-        monkeypatch.setattr(identity, "started_at", lambda *_: None)
+        monkeypatch.setattr(identity, "read_start_time", lambda *_: None)
     child = run(loop_factory, start_child)
     monkeypatch.setattr(orphans, "inode_of", lambda *_: 1)
-    monkeypatch.setattr(orphans, "started_at", lambda *_: b"1")
+    monkeypatch.setattr(orphans, "read_start_time", lambda *_: b"1")
     child.kill()
     child.signal_group(signal.SIGKILL)
     assert child.pid in children()

@@ -20,7 +20,7 @@ from aiopidfd import PidfdWatcher, PosixChildProcess, features, wait
 from aiopidfd._backends import sigchld_backend
 from aiopidfd._kernel import proc
 from aiopidfd._kernel.exit_status import ExitStatus
-from aiopidfd._kernel.proc import Sight, look_at
+from aiopidfd._kernel.proc import ProcState, read_state
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._watch.registries import registry_of
 
@@ -88,7 +88,7 @@ async def test_stranger_whose_main_thread_has_ended_is_alive(backend: str) -> No
 async def test_zombie_of_somebody_else_is_told_of_though_it_was_one_before() -> None:
     with Stranger() as stranger:
         stranger.tell("end")
-        while not (look_at(stranger.pid) or Sight(None, has_ended=True)).has_ended:
+        while not (read_state(stranger.pid) or ProcState(None, has_ended=True)).has_ended:
             pass
         status = await asyncio.wait_for(wait(stranger.pid), FOUND_BY_CHECK_S)
         assert (status.returncode, status.source) == (None, "not-child")
@@ -150,25 +150,25 @@ async def test_number_of_a_stranger_that_another_process_has_got_is_its_end(
         pytest.skip("a pidfd is not fooled by numbers")
     with Stranger() as stranger:
         waiting = await watch(stranger)
-        monkeypatch.setattr(sigchld_backend, "look_at", lambda pid: Sight(b"another time", has_ended=False))
+        monkeypatch.setattr(sigchld_backend, "read_state", lambda pid: ProcState(b"another time", has_ended=False))
         check_now()
         assert (await waiting).source == "not-child"
 
 
 def test_what_can_be_seen_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = look_at(os.getpid())
+    own = read_state(os.getpid())
     assert own is not None
-    assert own.started
+    assert own.start_time
     assert not own.has_ended
     with one_held() as child:
         child.end_unreaped(0)
-        seen = look_at(child.pid)
+        seen = read_state(child.pid)
         assert seen is not None
         assert seen.has_ended
         monkeypatch.setattr(proc, "_find_mismatch", lambda: "is that of another PID namespace")
-        assert look_at(child.pid) == Sight(None, has_ended=False)
+        assert read_state(child.pid) == ProcState(None, has_ended=False)
         os.waitpid(child.pid, 0)
-        assert look_at(child.pid) is None
+        assert read_state(child.pid) is None
 
 
 # Signals that are not permitted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from .._kernel import syscalls
-from .._kernel.identity import Identity, identify, inode_of, is_forbidden, started_at
+from .._kernel.identity import Identity, identify, inode_of, is_forbidden, read_start_time
 from .sigchld_backend import kept_from_handler
 
 # Why a signal was not sent, as what is said of the process.
@@ -50,7 +50,7 @@ class Orphan:
                 os.close(pidfd)
 
     def _signal(self, pid: int, pidfd: int, pgid: int, signal: int) -> str | None:
-        now = inode_of(pid, pidfd) if isinstance(self._identity, int) else started_at(pid)
+        now = inode_of(pid, pidfd) if isinstance(self._identity, int) else read_start_time(pid)
         if now != self._identity:
             return ENDED
         by = (syscalls.P_PID, pid) if pidfd < 0 else (syscalls.P_PIDFD, pidfd)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from .._kernel import syscalls
 from .._kernel.identity import inode_of, is_started_after
-from .._kernel.proc import look_at
+from .._kernel.proc import read_state
 from .._kernel.reaper import ADD_CHECK_CHILD, ADD_PEEK, BATCH_SIZE, DOUBT_ALL, DOUBT_NOW, SOURCE_LOST, Pids, Reaper, Record
 from .backend import Backend, logger
 
@@ -200,16 +200,16 @@ class SigchldBackend(Backend):
             ended = syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except OSError as exc:
             self.remove(pid, -1)
-            sight = look_at(pid)
-            if sight is None:  # ended and reaped, or never there
+            state = read_state(pid)
+            if state is None:  # ended and reaped, or never there
                 raise syscalls.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
             if flags & ADD_CHECK_CHILD:
                 raise syscalls.error(errno.ECHILD, f"cannot watch pid {pid}") from exc
-            self._strangers[pid] = sight.started
+            self._strangers[pid] = state.start_time
         else:
             self._identities[pid] = inode_of(pid) or time.clock_gettime(time.CLOCK_BOOTTIME)
             if ended is not None:
-                syscalls.name_to_sigchld(pid)
+                syscalls.simulate_sigchld(pid)
         return -1
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> int:
@@ -222,7 +222,7 @@ class SigchldBackend(Backend):
         """Change whether a child is only peeked at."""
         if pid not in self._strangers:
             self._pids.add(pid, bool(flags & ADD_PEEK))
-            syscalls.name_to_sigchld(pid)
+            syscalls.simulate_sigchld(pid)
 
     def remove(self, pid: int, pidfd: int) -> None:
         """Watch no longer."""
@@ -236,8 +236,8 @@ class SigchldBackend(Backend):
         """Ask who has the number now."""
         started = self._strangers.get(pid)
         if started is not None:
-            sight = look_at(pid)
-            return sight is not None and sight.started not in (None, started)
+            state = read_state(pid)
+            return state is not None and state.start_time not in (None, started)
         known = self._identities.get(pid)
         if isinstance(known, float):
             return is_started_after(pid, known)
@@ -297,12 +297,12 @@ class SigchldBackend(Backend):
             with _lock:
                 _install(anew=False, resume=True)
         for pid, started in tuple(self._strangers.items()):
-            sight = look_at(pid)
-            if sight is None or sight.has_ended or (started and sight.started and sight.started != started):
+            state = read_state(pid)
+            if state is None or state.has_ended or (started and state.start_time and state.start_time != started):
                 del self._strangers[pid]
                 yield pid, -1, 0, SOURCE_LOST, b""
             elif started is None:
-                self._strangers[pid] = sight.started
+                self._strangers[pid] = state.start_time
         yield from self._take(self._pids.reap_all)
 
     def is_idle(self) -> bool:

@@ -15,7 +15,7 @@ import os
 from typing import Final, Optional, Union
 
 from . import syscalls
-from .proc import look_at, read_pid
+from .proc import read_pid, read_state
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -29,7 +29,7 @@ def identify(pid: int, pidfd: int = -1) -> Identity:
     `pidfd` is a pidfd of the process, or -1: then one is opened for the moment.
     """
     inode = inode_of(pid, pidfd)
-    return inode if inode is not None else started_at(pid)
+    return inode if inode is not None else read_start_time(pid)
 
 
 def inode_of(pid: int, pidfd: int = -1) -> int | None:
@@ -37,15 +37,15 @@ def inode_of(pid: int, pidfd: int = -1) -> int | None:
     return (syscalls.pidfd_inode(pidfd) if pidfd >= 0 else syscalls.pid_inode(pid)) or None
 
 
-def started_at(pid: int) -> bytes | None:
+def read_start_time(pid: int) -> bytes | None:
     """Return when the process was started, a zombie's too; None if /proc does not tell, or there is no such process."""
-    sight = look_at(pid)
-    return None if sight is None else sight.started
+    state = read_state(pid)
+    return None if state is None else state.start_time
 
 
 def is_started_after(pid: int, boot_time_s: float) -> bool:
     """Return whether a process has the number that was started after that time, by more than the clock of /proc can miss."""
-    started = started_at(pid)
+    started = read_start_time(pid)
     return started is not None and int(started) > int(boot_time_s * _TICKS_PER_S)
 
 

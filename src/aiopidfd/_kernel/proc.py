@@ -23,7 +23,7 @@ _PF_FORKNOEXEC = 0x40
 def find_obstacle() -> str | None:
     """Say why /proc does not tell of every process that there is; None if it does."""
     mismatch = _find_mismatch()
-    if mismatch is None and not os.access("/proc/1/stat", os.R_OK) and _is_there(1):
+    if mismatch is None and not os.access("/proc/1/stat", os.R_OK) and _exists(1):
         return "hides other users' processes (hidepid)"
     return mismatch
 
@@ -40,7 +40,7 @@ def _find_mismatch() -> str | None:
     return None
 
 
-def _is_there(pid: int) -> bool:
+def _exists(pid: int) -> bool:
     """Return whether a process, or a thread, has the number."""
     try:
         os.kill(pid, 0)
@@ -51,14 +51,14 @@ def _is_there(pid: int) -> bool:
     return True
 
 
-class Sight(NamedTuple):
+class ProcState(NamedTuple):
     """What can be seen of a process that was not reaped."""
 
-    started: bytes | None  # when, for comparison; None if that cannot be seen
+    start_time: bytes | None  # when, for comparison; None if that cannot be seen
     has_ended: bool  # it is a zombie; a zombie that cannot be seen passes for alive
 
 
-def look_at(pid: int) -> Sight | None:
+def read_state(pid: int) -> ProcState | None:
     """Return what can be seen of the process `pid`; None if there is none, or `pid` is a thread's."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
@@ -69,8 +69,8 @@ def look_at(pid: int) -> Sight | None:
         pass
     else:
         if len(fields) > 19 and _find_mismatch() is None:
-            return None if is_thread else Sight(fields[19], fields[0] in (b"Z", b"X") and int(fields[17]) <= 1)
-    return Sight(None, has_ended=False) if _is_there(pid) else None
+            return None if is_thread else ProcState(fields[19], fields[0] in (b"Z", b"X") and int(fields[17]) <= 1)
+    return ProcState(None, has_ended=False) if _exists(pid) else None
 
 
 def has_called_exec(pid: int) -> bool:

@@ -65,7 +65,7 @@ class Reaper:
         self._batch = Batch()
         self.keep_open, self.release = self._batch.keep_open, self._batch.release
 
-    def forget(self) -> None:
+    def mark_closed(self) -> None:
         """Be closed: somebody else has closed the descriptor, whose number may be another one's by now."""
         fd, self.fd = self.fd, -1
         if fd >= 0:

@@ -209,7 +209,7 @@ def open_sigchld() -> int:
     return fd
 
 
-def name_to_sigchld(pid: int) -> None:
+def simulate_sigchld(pid: int) -> None:
     """Do what our SIGCHLD handler does when a signal names `pid` as ended: wake every loop that watches by SIGCHLD."""
     lib.ap_sigchld_add_name(pid)
 

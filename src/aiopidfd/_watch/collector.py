@@ -176,7 +176,7 @@ class Collector:
         """Have another reaper hold the children, or watch them by pid. Under the lock."""
         reaper, now = self._reaper, time.monotonic()
         if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or not an epoll
-            reaper.forget()
+            reaper.mark_closed()
         else:
             reaper.close()
         self.gates.fail_all()
