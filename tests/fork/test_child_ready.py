@@ -57,7 +57,7 @@ async def test_exec_before_readiness_is_a_clear_error() -> None:
 
 
 async def test_exec_before_readiness_is_an_error_where_proc_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forking, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(forking, "_EXIT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(proc, "has_called_exec", lambda _: False)
     with pytest.raises(ChildStartError, match=r"process \d+ called exec, or closed .*notify_ready") as caught:
         await afork(partial(_exec_away, "sleep", "60"), ready="manual")

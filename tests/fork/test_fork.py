@@ -62,7 +62,7 @@ async def test_child_killed_by_a_signal_before_it_is_ready() -> None:
 
 
 async def test_child_that_gives_up_its_readiness_but_lives_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forking, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(forking, "_EXIT_TIMEOUT_S", 0.05)
 
     def exec_away() -> None:
         os.execv("/bin/sleep", ["sleep", "60"])

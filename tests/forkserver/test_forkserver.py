@@ -134,9 +134,9 @@ async def test_worker_holds_no_socket_of_a_server_or_of_another_worker(pidfds: N
     read, write = os.pipe()
     async with ForkServer() as other, ForkServer() as server:
         starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
-        while len(afork._gates) < 5:
+        while len(afork._parent_sockets) < 5:
             await asyncio.sleep(0)
-        ours = {f"socket:[{os.fstat(gate.fileno()).st_ino}]" for gate in afork._gates}
+        ours = {f"socket:[{os.fstat(gate.fileno()).st_ino}]" for gate in afork._parent_sockets}
         seen = await ask(server, "descriptors")
         os.write(write, b"x")
         assert await (await starting).wait() == 0

@@ -23,7 +23,7 @@ from .._watch.registry import Registry
 from .._watch.start_gate import StartGate
 from .child import ChildSpec, Options, Ready, close_inherited_ready_fd, init_child, run_child
 from .child_exit import flush_streams, mark_inherited_finalizers
-from .handle import AbstractChildProcess, End, expect_child, watch_expected
+from .handle import AbstractChildProcess, ExitObserver, expect_child, watch_expected
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
 Fork = Callable[[Registry, StartGate, syscalls.ChildMain], None]
@@ -31,12 +31,12 @@ Fork = Callable[[Registry, StartGate, syscalls.ChildMain], None]
 _T = TypeVar("_T")
 
 # How long a child that has closed its end of the gate without a word may take to end, before it is killed.
-_SILENCE_S = 1.0
+_EXIT_TIMEOUT_S = 1.0
 
 _COROUTINE_OR_GENERATOR = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 
 # The parent's ends of the gates of fork servers' workers, and their like: no other child may hold a copy.
-_gates: set[socket.socket] = set()
+_parent_sockets: set[socket.socket] = set()
 
 
 class ChildStartError(Exception):
@@ -97,18 +97,18 @@ async def start_child(
 ) -> AbstractChildProcess:
     """Fork by `fork_`, and return the child's handle once it is ready. Raises, and is cancelled, as `afork`."""
     child = expect_child(loop, options.pgid)  # fails before the fork if it must
-    gates, end = child._registry.gates, child._end
+    gates, end = child._registry.gates, child._exit
     gate = gates.make(loop)
     try:
         child = _fork(child, gate, ChildSpec(child_func, options, loop, copy_context()), fork_)
         if not await gate.ready:
-            await await_ready(child, gate.ready, f"child process {child.pid}")
+            await wait_until_ready(child, gate.ready, f"child process {child.pid}")
         end.future.remove_done_callback(gate.on_exit)
         gates.close(gate)
         child._detached = False
         return child
     except BaseException:
-        await _end_forked(child._registry, end, gate)
+        await _undo_fork(child._registry, end, gate)
         raise
 
 
@@ -154,26 +154,26 @@ def warn_of_threads(stacklevel: int = 3) -> None:
         )
 
 
-def forget_gate(gate: socket.socket) -> None:
-    """Take back `keep_from_children`, before the gate is closed."""
-    _gates.discard(gate)
+def unregister_parent_socket(sock: socket.socket) -> None:
+    """Undo register_parent_socket(), before the socket is closed."""
+    _parent_sockets.discard(sock)
 
 
-def keep_from_children(gate: socket.socket) -> None:
-    """Have every forked child close its copy of `gate`, until `forget_gate`."""
-    hook_forks()
-    _gates.add(gate)
+def register_parent_socket(sock: socket.socket) -> None:
+    """Have every forked child close its copy of `sock`."""
+    install_fork_hook()
+    _parent_sockets.add(sock)
 
 
-def hook_forks() -> None:
+def install_fork_hook() -> None:
     """Have each forked child close what only its parent may hold."""
     call_in_forked_children(_after_fork_in_child)
 
 
 def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: Fork) -> AbstractChildProcess:
     """Fork, and let the child out of its gate once it is watched. Return its handle, detached."""
-    hook_forks()
-    child._end.future.add_done_callback(gate.on_exit)
+    install_fork_hook()
+    child._exit.future.add_done_callback(gate.on_exit)
     mark_inherited_finalizers()
     flush_streams()  # else both of us would write what is buffered
     fork_(child._registry, gate, partial(run_child, partial(init_child, spec)))
@@ -184,24 +184,24 @@ def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: 
     return child
 
 
-async def _end_forked(registry: Registry, end: End, gate: StartGate) -> None:
+async def _undo_fork(registry: Registry, end: ExitObserver, gate: StartGate) -> None:
     """Kill and reap a child whose caller gets an error instead, however often we are interrupted or cancelled meanwhile."""
-    is_watched = _insist(partial(registry.kill_forked, gate, end))
-    _insist(partial(end.future.remove_done_callback, gate.on_exit))
-    _insist(partial(registry.gates.close, gate))
+    is_watched = _retry_until_done(partial(registry.kill_forked, gate, end))
+    _retry_until_done(partial(end.future.remove_done_callback, gate.on_exit))
+    _retry_until_done(partial(registry.gates.close, gate))
     while is_watched and not end.future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([end.future])
 
 
-def _insist(function: Callable[[], _T]) -> _T:
+def _retry_until_done(function: Callable[[], _T]) -> _T:
     """Call a function until it has returned; what a signal handler raises meanwhile gives way to what is being raised."""
     while True:
         with contextlib.suppress(BaseException):
             return function()
 
 
-def end_unwatched(pid: int, pidfd: int) -> None:
+def kill_and_reap_unwatched(pid: int, pidfd: int) -> None:
     """Kill and reap a child that stands at its gate, so that nobody can have reaped it: the pid is still its own."""
     os.kill(pid, signal.SIGKILL)
     syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED)
@@ -229,32 +229,32 @@ def clone(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -
 
 def _after_fork_in_child() -> None:
     """In any forked child: let go of the gates, so that each has one holder on either side."""
-    if _gates:
-        for gate in _gates:
-            gate.close()
-        _gates.clear()
+    if _parent_sockets:
+        for sock in _parent_sockets:
+            sock.close()
+        _parent_sockets.clear()
     close_inherited_ready_fd()
 
 
-async def await_ready(
-    child: AbstractChildProcess, said: asyncio.Future[bool], who: str, explain: Callable[[], str] = str
+async def wait_until_ready(
+    child: AbstractChildProcess, ready: asyncio.Future[bool], name: str, explain: Callable[[], str] = str
 ) -> None:
     """Wait until the child is ready. ChildStartError, which ends with what `explain` returns: it never will be."""
-    end: asyncio.Future[ExitStatus] = child._end.future
-    await asyncio.wait({said, cast("asyncio.Future[bool]", end)}, return_when=asyncio.FIRST_COMPLETED)
-    if said.done() and said.result():
+    end: asyncio.Future[ExitStatus] = child._exit.future
+    await asyncio.wait({ready, cast("asyncio.Future[bool]", end)}, return_when=asyncio.FIRST_COMPLETED)
+    if ready.done() and ready.result():
         return
     why = "ended before it was ready"
     if not end.done():  # it has closed its end of the gate: in dying, we trust, unless it has called exec
         cause = "called exec" if proc.has_called_exec(child.pid) else ""
         if not cause:
-            await asyncio.wait([end], timeout=_SILENCE_S)
+            await asyncio.wait([end], timeout=_EXIT_TIMEOUT_S)
             cause = "" if end.done() else "called exec, or closed all descriptors,"
         if cause:
             kill(child)
             why = f"{cause} before it was ready, and was killed; call notify_ready() before that, or use ready='auto'"
     status = await asyncio.shield(end)
-    raise ChildStartError(f"{who} {why}: {status!r}{explain()}", status)
+    raise ChildStartError(f"{name} {why}: {status!r}{explain()}", status)
 
 
 def kill(child: AbstractChildProcess) -> None:
@@ -263,9 +263,9 @@ def kill(child: AbstractChildProcess) -> None:
         child._registry.send_signal(child._child, signal.SIGKILL)
 
 
-async def end_unready(child: AbstractChildProcess) -> None:
+async def kill_and_reap(child: AbstractChildProcess) -> None:
     """Kill a child that is not ready, and reap it, however often we are cancelled meanwhile."""
     kill(child)
-    while not child._end.future.done():
+    while not child._exit.future.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([child._end.future])
+            await asyncio.wait([child._exit.future])

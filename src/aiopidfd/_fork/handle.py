@@ -19,10 +19,10 @@ from .._watch.registries import registry_of
 from .._watch.registry import Registry
 
 # What asks a process to end. One that does not, and is then killed, was hanging.
-_REQUESTS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
+_TERMINATING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
 
-class End:
+class ExitObserver:
     """The end of one child, kept apart from the handle so that the registry does not keep a dropped handle alive."""
 
     __slots__ = ("future", "status")
@@ -45,21 +45,21 @@ class AbstractChildProcess(ABC):
     `async with` stops the child on the way out.
     """
 
-    _asked_to_end = False  # by a signal, and has not ended since
+    _was_asked_to_exit = False  # by a signal, and has not ended since
     _detached = True  # until the child is ours: a constructor that fails has nothing to warn of
 
     def _adopt(self, pid: int, pidfd: int, backend: Choice) -> None:
         loop = asyncio.get_running_loop()
-        registry, end = registry_of(loop), End(loop)
+        registry, end = registry_of(loop), ExitObserver(loop)
         self._bind(registry, registry.observe(pid, end, end, pidfd=pidfd, backend=backend), end)
-        self._give_out(None)
+        self._attach(None)
 
-    def _bind(self, registry: Registry, child: Child, end: End) -> None:
+    def _bind(self, registry: Registry, child: Child, end: ExitObserver) -> None:
         self._registry = registry
         self._child = child
-        self._end = end
+        self._exit = end
 
-    def _give_out(self, pgid: int | None) -> None:
+    def _attach(self, pgid: int | None) -> None:
         """Be somebody's handle, and no longer detached."""
         self._pgid = pgid
         self._detached = False
@@ -69,7 +69,7 @@ class AbstractChildProcess(ABC):
         return f"<{type(self).__name__} pid={self.pid} {state}>"
 
     def __del__(self) -> None:
-        if not self._detached and self._end.status is None:
+        if not self._detached and self._exit.status is None:
             warnings.warn(f"{self!r} was dropped; wait(), stop() or detach() it", ResourceWarning, source=self, stacklevel=2)
 
     async def __aenter__(self) -> AbstractChildProcess:
@@ -94,12 +94,12 @@ class AbstractChildProcess(ABC):
     @property
     def returncode(self) -> int | None:
         """The exit code, or -signum; None while the child runs."""
-        return None if self._end.status is None else self._end.status.returncode
+        return None if self._exit.status is None else self._exit.status.returncode
 
     @property
     def exit_status(self) -> ExitStatus | None:
         """How the child has ended; None while it runs."""
-        return self._end.status
+        return self._exit.status
 
     @abstractmethod
     def fileno(self) -> int:
@@ -114,10 +114,10 @@ class AbstractChildProcess(ABC):
         obstacle = self._registry.send_signal(self._child, sig)
         if obstacle is not None:
             self._warn_not_sent(sig, obstacle)
-        elif sig in _REQUESTS:
-            self._asked_to_end = True
-        elif sig == signal.SIGKILL and self._asked_to_end:
-            self._asked_to_end = False  # it is said once
+        elif sig in _TERMINATING:
+            self._was_asked_to_exit = True
+        elif sig == signal.SIGKILL and self._was_asked_to_exit:
+            self._was_asked_to_exit = False  # it is said once
             logger.warning("Force-killed hanging child: %d", self.pid)
 
     def terminate(self) -> None:
@@ -153,19 +153,19 @@ class AbstractChildProcess(ABC):
             RuntimeError: called from another loop than the one that the handle belongs to.
         """
         self._check_loop()
-        returncode = (await asyncio.shield(self._end.future)).returncode
+        returncode = (await asyncio.shield(self._exit.future)).returncode
         assert returncode is not None  # only of a stranger is it not known, and no handle is made for one
         return returncode
 
     async def stop(self, grace: float = 5.0) -> int:
-        """End the child and return its returncode: SIGTERM, then SIGKILL after `grace` seconds.
+        """ExitObserver the child and return its returncode: SIGTERM, then SIGKILL after `grace` seconds.
 
         Cancellation leaves it with the signals that were sent until then.
         """
         self._check_loop()
         if self.returncode is None:
             self.terminate()
-            await asyncio.wait([self._end.future], timeout=grace)
+            await asyncio.wait([self._exit.future], timeout=grace)
             if self.returncode is None:
                 self.kill()
         return await self.wait()
@@ -235,10 +235,10 @@ def watch_forked(
     `check`: make sure that it is a child of ours, and raise ProcessLookupError or ChildProcessError if not.
     """
     loop = loop or asyncio.get_running_loop()
-    registry, end = registry_of(loop), End(loop)
+    registry, end = registry_of(loop), ExitObserver(loop)
     registry.claim_pid(pid)
     handle = _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd, new=True), end)
-    handle._give_out(pgid)
+    handle._attach(pgid)
     return handle
 
 
@@ -247,7 +247,7 @@ def expect_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractC
 
     What can be made before a fork is: after it, every page that is written to is copied first.
     """
-    registry, end = registry_of(loop), End(loop)
+    registry, end = registry_of(loop), ExitObserver(loop)
     child = registry.expect(end, end)
     handle = _make_handle(registry, child, end)
     handle._pgid = pgid
@@ -259,14 +259,14 @@ def watch_expected(handle: AbstractChildProcess, pid: int, pidfd: int) -> Abstra
 
     It has just been forked, and cannot end unseen. `pidfd`, or -1, is ours from now on if this succeeds.
     """
-    registry, end = handle._registry, handle._end
+    registry, end = handle._registry, handle._exit
     registry.claim_pid(pid)
     watched = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd, new=True), end)
     watched._pgid = handle._pgid
     return watched
 
 
-def _make_handle(registry: Registry, child: Child, end: End) -> AbstractChildProcess:
+def _make_handle(registry: Registry, child: Child, end: ExitObserver) -> AbstractChildProcess:
     """Return a handle, detached."""
     made = PidfdChildProcess if child.backend.name == "pidfd" else PosixChildProcess
     handle: AbstractChildProcess = made.__new__(made)

@@ -68,7 +68,7 @@ async def launch(
     Raises OSError: as fork(2), clone(2) or posix_spawn(3).
     """
     ours, theirs = map(_clear_of_streams, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    afork.keep_from_children(ours)
+    afork.register_parent_socket(ours)
     try:
         with theirs:
             if method == "spawn":
@@ -78,7 +78,7 @@ async def launch(
                 features = _choose_fork()
                 server = await _fork_server(loop, theirs, preload, features, stacklevel=stacklevel)
     except BaseException:
-        afork.forget_gate(ours)
+        afork.unregister_parent_socket(ours)
         ours.close()
         raise
     return server, ours, features

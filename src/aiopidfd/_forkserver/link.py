@@ -177,7 +177,7 @@ class Link:
         self._last_resort.end()
 
     def _close_wire(self) -> None:
-        afork.forget_gate(self._wire)
+        afork.unregister_parent_socket(self._wire)
         self._wire.close()
 
     def lose(self, reason: OSError) -> None:

@@ -253,7 +253,7 @@ def _write(gate: int, data: bytes) -> None:
 def main(wire: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
     """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
     inherited.close_inherited(wire)
-    afork.hook_forks()
+    afork.install_fork_hook()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
         end.set_inheritable(False)
         if main_module:

@@ -87,12 +87,12 @@ class Request:
         """Send it. OSError: EMFILE, ENFILE, EBADF among them; nothing was sent."""
         gate, worker_gate = socket.socketpair()
         gate.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        afork.keep_from_children(gate)
+        afork.register_parent_socket(gate)
         with worker_gate:
             try:
                 socket.send_fds(wire, [REQUEST.pack(number)], [worker_gate.fileno(), *self._pass_fds])
             except BaseException:
-                afork.forget_gate(gate)
+                afork.unregister_parent_socket(gate)
                 gate.close()
                 raise
         gate.setblocking(False)
@@ -216,7 +216,7 @@ class Request:
 
     def _let_out(self, worker: Outcome, options: Options) -> None:
         if isinstance(worker, AbstractChildProcess) and not self._abandoned:
-            worker._give_out(options.pgid)
+            worker._attach(options.pgid)
             self._on_birth(worker)
             self._unwritten.append(memoryview(GO))
 
@@ -240,7 +240,7 @@ class Request:
         worker = await asyncio.shield(self.outcome)
         if not isinstance(worker, AbstractChildProcess):
             raise OSError(worker.errno, worker.strerror)  # a new one: many requests may share the server's end
-        await afork.await_ready(worker, self.ready, f"worker process {worker.pid}", self._explain)
+        await afork.wait_until_ready(worker, self.ready, f"worker process {worker.pid}", self._explain)
         return worker
 
     def _explain(self) -> str:
@@ -271,7 +271,7 @@ class Request:
         if self.outcome.done():
             worker = self.outcome.result()
             if isinstance(worker, AbstractChildProcess):
-                await afork.end_unready(worker)
+                await afork.kill_and_reap(worker)
         # else the server is stopped, or starved. If it ever goes on, `bind` ends the worker, and the registry reaps it.
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ class Request:
                 self._loop.remove_reader(gate.fileno())
                 if self._is_writer:
                     self._loop.remove_writer(gate.fileno())
-            afork.forget_gate(gate)
+            afork.unregister_parent_socket(gate)
             gate.close()
 
     def _give_up_last_resort(self) -> None:
@@ -323,5 +323,5 @@ def _bind_worker(loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, code: in
     except (ProcessLookupError, ChildProcessError) as exc:  # killed and reaped while we knew no more than its pid
         return exc
     except OSError as exc:
-        afork.end_unwatched(pid, pidfd)
+        afork.kill_and_reap_unwatched(pid, pidfd)
         return exc

@@ -12,7 +12,7 @@ from contextvars import Context
 from types import TracebackType
 
 from .._backends.backend import choose, probe_pidfd
-from .._fork.afork import ChildStartError, afork, check_arguments, end_unready, kill
+from .._fork.afork import ChildStartError, afork, check_arguments, kill, kill_and_reap
 from .._fork.child import Options, Ready
 from .._fork.handle import AbstractChildProcess
 from .._kernel import syscalls
@@ -207,11 +207,11 @@ class ForkServer:
             reason = OSError(errno.ESHUTDOWN, f"the fork server (pid {server.pid}) is closed")
             link.finish()
             try:
-                await asyncio.wait([server._end.future], timeout=grace)
+                await asyncio.wait([server._exit.future], timeout=grace)
             finally:
                 kill(server)
                 link.lose(reason)
-            await end_unready(server)
+            await kill_and_reap(server)
             await link.drop_spare()
         if stop_workers and self._loop is not None:
             await self._stop_workers(self._loop, grace)
@@ -269,7 +269,7 @@ class ForkServer:
 
 def _remember(workers: Workers, worker: AbstractChildProcess) -> None:
     """Know a worker until it ends. Not by way of the server, which may be dropped before."""
-    end = worker._end
+    end = worker._exit
     workers[end] = (end.future, worker._child)
     end.future.add_done_callback(lambda _: workers.pop(end, None), context=Context())
 
@@ -281,19 +281,19 @@ async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
     def lose(end: asyncio.Future[ExitStatus]) -> None:
         link.lose(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
 
-    server._end.future.add_done_callback(lose, context=Context())
+    server._exit.future.add_done_callback(lose, context=Context())
     failure: OSError | str | None = "cancelled"
     try:
         failure = await _hear_greeting(server, link)
     finally:
         if failure is not None:
-            await end_unready(server)
+            await kill_and_reap(server)
             await link.drop_spare()
     if failure is None or (isinstance(failure, OSError) and failure.errno in _REFUSED):
         return failure
     if isinstance(failure, OSError) and failure.errno != errno.ECONNRESET:
         raise failure
-    status = server._end.future.result()
+    status = server._exit.future.result()
     text = f"\n{failure}" if isinstance(failure, str) else ""
     raise ChildStartError(f"the fork server ended before it was ready: {status!r}{text}", status)
 
@@ -308,7 +308,7 @@ async def _hear_greeting(server: AbstractChildProcess, link: Link) -> OSError | 
             return exc
         return made if isinstance(made, OSError) else None
     if isinstance(failure, str):
-        await asyncio.shield(server._end.future)
+        await asyncio.shield(server._exit.future)
     return failure
 
 
