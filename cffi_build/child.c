@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <sys/prctl.h>
 
-/* Python has one handler for all signals that it handles, and so have SA_SIGINFO and plain ones one address. */
+/* sa_handler and sa_sigaction share their address, so this type stands for both. Python has one handler for all signals. */
 typedef void (*handler)(int);
 
 static struct sigaction kept;
@@ -47,13 +47,13 @@ static int is_libuvs(handler address)
     library = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
     if (library == NULL)
         return 0;
-    symbol = dlsym(library, "uv_run"); /* which may be that of a library that this one needs */
+    symbol = dlsym(library, "uv_run"); /* this may find it in another library that this one needs */
     (void)dlclose(library);
     return symbol != NULL && dladdr(symbol, &found) != 0 && found.dli_fbase == where.dli_fbase;
 }
 
-/* Signals for what a program has done itself. A loop has no business with them, and libraries do: to print where it was, to
- * translate it into an exception, to grow a stack. */
+/* Whether `signal` reports a fault of the program itself. Loops do not handle these. Libraries do: to print a traceback, to
+ * raise an exception, to grow a stack. */
 static int is_fault(int signal)
 {
     return signal == SIGSEGV || signal == SIGBUS || signal == SIGFPE || signal == SIGILL || signal == SIGABRT ||

@@ -16,10 +16,9 @@
 /* Return where the C library caches the ID of this thread, NULL if that is not found out.
  *
  * glibc's struct pthread has it shortly before the head of the robust list, which the kernel knows, in every version so far.
- * musl's has it among its first members, and a robust list only once one is used.
- * A word that holds the ID is the right one if pthread_getcpuclockid, which encodes the cached ID, follows a change of it.
- * PR_GET_TID_ADDRESS does not tell: musl names a lock by it, and glibc from 2.43 on another member until the process has
- * forked. */
+ * musl's has it among its first members, and a robust list only once one is used. pthread_getcpuclockid encodes the cached
+ * ID. So a word that holds the ID is the right one if its result changes when the word does. PR_GET_TID_ADDRESS is no help:
+ * in musl it is the address of a lock, and since glibc 2.43 it is another member until the process has forked. */
 static int *find_cached_tid(void *robust_list)
 {
     volatile int *first = (volatile int *)pthread_self(), *word = robust_list;
@@ -48,9 +47,9 @@ static long clone_process(uint64_t flags, int *tid, int *pidfd)
     long pid = syscall(SYS_clone3, &args, AP_CLONE_ARGS_V0);
 
     if (pid < 0 && (errno == ENOSYS || errno == EPERM || errno == EACCES)) {
-        /* Filters that cannot look into a struct refuse clone3 and allow clone, as Docker's does. CLONE_PIDFD stores where
-         * CLONE_PARENT_SETTID would. Architectures differ in which of the last two arguments is child_tid; the other one
-         * is for CLONE_SETTLS. */
+        /* A seccomp filter cannot read the struct, so Docker's refuses clone3 and allows clone. With CLONE_PIDFD, clone
+         * stores the pidfd in the place of parent_tid. The order of the last two arguments depends on the architecture:
+         * child_tid, and tls, which is not used here. */
 #ifdef __s390__
         pid = syscall(SYS_clone, NULL, (unsigned long)flags, pidfd, tid, tid);
 #else
@@ -62,7 +61,7 @@ static long clone_process(uint64_t flags, int *tid, int *pidfd)
 
 int ap_fork(int flags, unsigned long long live, int gate, unsigned long long mask, int *ret_pid, int *ret_pidfd)
 {
-    /* As in a child of fork: the C library's cached thread ID is the child's. */
+    /* As fork() does: store the child's thread ID in the C library's cache. */
     uint64_t clone_flags = CLONE_PIDFD | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
     PyGILState_STATE gil;
     void *robust_list = NULL;
@@ -79,11 +78,11 @@ int ap_fork(int flags, unsigned long long live, int gate, unsigned long long mas
 
     gil = PyGILState_Ensure(); /* cffi has released it */
     PyOS_BeforeFork();
-    ap_prepare_fork(); /* among the hooks that only fork(2) calls */
+    ap_prepare_fork(); /* fork() calls it by pthread_atfork */
     pid = clone_process(clone_flags, tid, &pidfd);
     err = errno;
     if (pid == 0) {
-        (void)syscall(SYS_set_robust_list, robust_list, robust_size); /* the kernel forgets it, and glibc's fork restores it */
+        (void)syscall(SYS_set_robust_list, robust_list, robust_size); /* as glibc's fork does: the child has none yet */
         PyOS_AfterFork_Child();
         ap_live_child((PyObject *)(uintptr_t)live, gate, mask);
     }

@@ -15,8 +15,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* How a child tells its parent's epoll from one that a fork hook has made, perhaps at the same number: the parent marks its
- * own. O_APPEND belongs to the open file, so that a child finds it there; epoll has no use for it, and a new one lacks it. */
+/* A fork hook may close an inherited epoll and open another one at the same number. So the parent marks its epolls by
+ * O_APPEND: the flag belongs to the open file, the child sees it, epoll ignores it, and a new epoll does not have it. */
 #define MARK O_APPEND
 
 /* A number beyond this (fs.nr_open's default is 2^20) is not looked for without /proc. */
@@ -25,7 +25,8 @@ enum { MAX_NUMBER = 1 << 26 };
 static int *noted; /* descriptors; ~fd of one that could not be marked */
 static int noted_count, noted_room, out_of_memory;
 
-/* Of each thread, and of the child that it forks: whether the next fork is for us, by `probe` + 1; whether the last one was. */
+/* Per thread, and copied to the child that it forks: `probe` + 1 if the next fork was announced; whether the last one
+ * was. */
 static __thread int expected_by, was_expected;
 
 static void note(int fd)
@@ -50,7 +51,7 @@ static void note(int fd)
 /* Returns 1 if `fd` is an epoll descriptor, 0 if it is not, -1 if it is not open. */
 static int is_epoll(int fd, int probe)
 {
-    /* To delete what it cannot hold is the cheapest question that only an epoll descriptor answers with ENOENT. */
+    /* Delete an entry that is not there: only an epoll answers ENOENT. No cheaper call tells. */
     if (epoll_ctl(fd, EPOLL_CTL_DEL, probe, NULL) == 0)
         return 0;
     return errno == ENOENT ? 1 : errno == EBADF ? -1 : 0;
@@ -59,14 +60,15 @@ static int is_epoll(int fd, int probe)
 /* Note `fd` if it is an epoll descriptor. Returns whether it is open. */
 static int look_at(int fd, int probe)
 {
-    int found = ap_is_tracked_fd(fd) ? 0 : is_epoll(fd, probe); /* a forked child closes what we own, reapers among it */
+    int found = ap_is_tracked_fd(fd) ? 0 : is_epoll(fd, probe); /* a forked child closes tracked ones, reapers among them */
 
     if (found == 1)
         note(fd);
     return found >= 0;
 }
 
-/* Look at each number from 0 on until `open_count` open ones were seen, if that is not far. Returns how many of those were not. */
+/* Look at each number from 0 on until `open_count` open ones were seen, but not beyond `far`. Returns how many are still
+ * missing. */
 static long look_at_low(long open_count, int probe)
 {
     int fd, far = (int)open_count * 2 + 256;
@@ -91,8 +93,8 @@ static int look_at_listed(int probe)
     return 0;
 }
 
-/* Returns a number which no open descriptor reaches, without /proc: select(2) looks at no more of its sets than the process's
- * table has room for, and fails for a number in there that is not open. */
+/* Returns a number above all open descriptors, without /proc. select(2) reads its sets only up to the size of the process's
+ * descriptor table, and fails with EBADF for a number below that size that is not open. */
 static int table_size(void)
 {
     int size;
@@ -147,7 +149,7 @@ void ap_prepare_fork(void)
 
 int ap_hook_forks(void)
 {
-    /* Of hooks of this kind the last that was registered is called first: so register it early. Python's are called before. */
+    /* Prepare hooks run in reverse order, and Python's run before all of them. So one that is registered early runs last. */
     return -pthread_atfork(ap_prepare_fork, NULL, NULL);
 }
 
@@ -185,13 +187,13 @@ int ap_detach_epolls(int probe)
 {
     int inert = -1, count = 0, i;
 
-    if (!was_expected) /* forked in a way that calls no hooks: all that are here */
+    if (!was_expected) /* it was forked by a call that runs no hooks: take all epolls for inherited */
         ap_note_epolls(probe);
     for (i = 0; i < noted_count; i++) {
         int is_unmarked = noted[i] < 0, fd = is_unmarked ? ~noted[i] : noted[i];
         if (is_epoll(fd, probe) != 1 || (!is_unmarked && !(fcntl(fd, F_GETFL) & MARK)))
-            continue; /* a hook has closed it, and may have made another one */
-        replace(fd, &inert); /* not closed, and nothing in it deleted: see the header */
+            continue; /* a hook has closed it, and may have opened another file there */
+        replace(fd, &inert); /* see the header */
         count++;
     }
     if (inert >= 0)

@@ -23,10 +23,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* How long a child of which `fork` has not told the pid may take to tell it. */
+/* How long find_lost_child waits for a message of the child. */
 enum { LOST_CHILD_MS = 1000 };
 
-/* Forks take turns, so that no child inherits the end of the gate of another one that is being made. */
+/* Held across each fork, so that no child inherits the gate of another child that is being made. */
 static pthread_mutex_t fork_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int exit_code;
@@ -59,13 +59,13 @@ void ap_after_fork_in_child(void)
 
 _Noreturn void ap_live_child(PyObject *live, int gate, unsigned long long mask)
 {
-    exit_code = 1; /* the parent may have ended, too, and forked on its way out */
+    exit_code = 1; /* not the one that the parent had set before it forked */
     (void)PyObject_CallFunction(live, "iK", gate, mask);
-    /* It ends the process itself, but for a signal, or if a handler has raised in its last frame. */
+    /* It returns only if the child is to be killed by a signal, or if a signal handler has raised in its last frame. */
     if (exit_code < 0) {
         (void)signal(-exit_code, SIG_DFL);
         (void)raise(-exit_code);
-        _exit(128 - exit_code); /* it is blocked, by the child's own doing */
+        _exit(128 - exit_code); /* the child has blocked the signal */
     }
     _exit(exit_code);
 }
@@ -109,8 +109,9 @@ static int fork_by(PyObject *fork, PyObject *live, PyObject *failures, int gate,
     return raised;
 }
 
-/* `fork` has raised something: if that was after the fork, there is a child at its gate, which says a last word when it sees
- * that it is given up. Who says it the kernel tells, by the number that it has in our PID namespace. Returns 0 for nobody. */
+/* Find the child of a `fork` that has raised. If it raised after the fork, a child waits at its gate. It sends one byte when
+ * our side is shut down, and the kernel adds its pid in our PID namespace (SCM_CREDENTIALS). Returns 0 if there is no
+ * child. */
 static int find_lost_child(int gate)
 {
     union {
@@ -172,7 +173,7 @@ int ap_child_release(ap_child *child, int reaper)
     if (pidfd < 0)
         return pidfd;
     child->pidfd = pidfd;
-    (void)send(child->gate, "g", 1, MSG_NOSIGNAL); /* EPIPE: killed already; its end is on the way to us */
+    (void)send(child->gate, "g", 1, MSG_NOSIGNAL); /* EPIPE: it was killed; the reaper reports its exit */
     return 0;
 }
 
@@ -180,7 +181,7 @@ void ap_child_undo(ap_child *child, int reaper)
 {
     ap_exit unused;
 
-    /* Once it is out of its gate somebody else may have reaped it, and its number be a stranger's. */
+    /* After its release other code may have reaped it, and the pid may be another process's. */
     if (child->pid > 0 && ap_waitid(P_PID, child->pid, WEXITED | WNOHANG | WNOWAIT, &unused) >= 0
         && kill(child->pid, SIGKILL) == 0)
         while (ap_waitid(P_PID, child->pid, WEXITED, &unused) == -EINTR)

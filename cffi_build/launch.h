@@ -11,7 +11,7 @@ struct launch {
     const int *pass_fds;
     int path_count, pass_count, stdio[3], umask, pgid, flags;
     uint64_t old_mask;
-    int reset_handlers; /* CLONE_CLEAR_SIGHAND was not to be had */
+    int reset_handlers; /* CLONE_CLEAR_SIGHAND is not available */
     volatile int error; /* written by the child if its program cannot run */
     volatile int step;
 };

@@ -95,8 +95,8 @@ int ap_pidfd_get_exit(int pidfd, int *ret_status)
     int failed = ioctl(pidfd, (ioctl_request)GET_INFO_V0, &info) < 0;
 
     if (failed && errno == ESRCH) {
-        /* Linux looks for the exit first, and for the process after that: reaped in between, there is neither (seen on 6.18,
-         * once in 10,000 stolen children). Gone it is, so that now the exit is there, if this kernel keeps it at all. */
+        /* Linux looks for the exit first, then for the process. If it is reaped in between, both are missing (seen on 6.18,
+         * once in 10,000 children that other code reaped). Now it is gone, so a kernel that keeps exits has this one. */
         info.mask = INFO_EXIT;
         failed = ioctl(pidfd, (ioctl_request)GET_INFO_V0, &info) < 0;
     }
@@ -137,7 +137,7 @@ int ap_probe_exit_info(void)
     (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (pid < 0)
         return -err;
-    /* CLONE_VFORK: it has ended. Its exit signal is 0, so nobody but us (who ask with __WALL) can reap it. */
+    /* CLONE_VFORK: it has ended. Its exit signal is 0, so only a wait with __WALL, as ours, finds it. */
     if (pidfd < 0) { /* Linux before 5.2 ignores CLONE_PIDFD */
         (void)ap_waitid(P_PID, pid, WEXITED, &ended);
         return -ENOSYS;

@@ -4,13 +4,13 @@
 
 /* Where the status in an ap_exit comes from. */
 enum {
-    AP_SOURCE_REAPED = 0,     /* waitid took it; the zombie is gone */
+    AP_SOURCE_REAPED = 0,     /* waitid reaped it */
     AP_SOURCE_PEEKED = 1,     /* waitid showed it (WNOWAIT); the zombie is left for its owner */
-    AP_SOURCE_RECOVERED = 2,  /* somebody else reaped; PIDFD_GET_INFO told the status */
-    AP_SOURCE_LOST = 3,       /* somebody else reaped and nobody can tell; status is 0 */
+    AP_SOURCE_RECOVERED = 2,  /* other code reaped it; PIDFD_GET_INFO has the status */
+    AP_SOURCE_LOST = 3,       /* other code reaped it, and the status is unknown; status is 0 */
     AP_SOURCE_PENDING = 4,    /* ended, and not ours to reap; the status may come when its parent reaps it */
-    AP_SOURCE_GATE_READY = 5, /* no end: a forked child has said at its gate that it is ready */
-    AP_SOURCE_GATE_CLOSED = 6 /* no end: a forked child has closed its gate without a word */
+    AP_SOURCE_GATE_READY = 5, /* not an exit: a forked child has sent at its gate that it is ready */
+    AP_SOURCE_GATE_CLOSED = 6 /* not an exit: a forked child has closed its gate, and has sent nothing */
 };
 
 /* How one process ended. rusage is the kernel's own layout: utime s, us, stime s, us, then 14 counters. */
@@ -40,16 +40,16 @@ int ap_waitid(int idtype, int id, int options, ap_exit *ret_exit);
  * (Linux 6.9, EINVAL before). ESRCH: it was reaped. See pidfd_send_signal(2). */
 int ap_pidfd_send_signal(int pidfd, int signal, unsigned int flags);
 
-/* Ask for the wait status of a process that was reaped, by whomever. Linux 6.15.
- * Returns 1 with *ret_status written; 0 when the kernel has not published it: not reaped yet.
- * -ENOTTY, -EINVAL, -ESRCH: this kernel (before 6.11, 6.13, 6.15) does not tell. */
+/* Ask for the wait status of a process that any code has reaped. Linux 6.15.
+ * Returns 1 with *ret_status written; 0 if the kernel has not published it: the process was not reaped yet.
+ * -ENOTTY, -EINVAL, -ESRCH: this kernel (before 6.11, 6.13, 6.15) does not keep it. */
 int ap_pidfd_get_exit(int pidfd, int *ret_status);
 
-/* Return the pid of a process that was not reaped, as it is in the PID namespace of the caller. Linux 6.13.
- * -ENOTTY, -EINVAL: before. -ESRCH: it was reaped. -EREMOTE: it has none there. */
+/* Return the pid of a process in the PID namespace of the caller. Linux 6.13.
+ * -ENOTTY, -EINVAL: an older kernel. -ESRCH: it was reaped. -EREMOTE: it has no pid in that namespace. */
 int ap_pidfd_get_pid(int pidfd);
 
-/* Find out by trying whether a status can be recovered here: make a child that sends no signal, reap it, and ask.
+/* Try whether a status can be recovered here: make a child that sends no signal, reap it, and ask.
  * Returns 1 or 0; -errno when clone(2) with CLONE_PIDFD is refused. */
 int ap_probe_exit_info(void);
 

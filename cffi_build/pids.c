@@ -51,7 +51,7 @@ int ap_pids_add(ap_pids *pids, int pid, int peek)
             pids->capacity = capacity;
         }
         if (pids->count == 0)
-            pids->names_seen = ap_sigchld_count_names(); /* what was named before is of no interest, and may be much */
+            pids->names_seen = ap_sigchld_count_names(); /* signals of before are not about these children */
         memmove(pids->keys + place + 1, pids->keys + place, (size_t)(pids->count - place) * sizeof *pids->keys);
         pids->count++;
     }
@@ -84,7 +84,7 @@ static int reap_at(ap_pids *pids, int place, ap_batch *batch)
 
     if (found == 0)
         return 0;
-    if (found < 0) { /* -ECHILD: somebody else has reaped it */
+    if (found < 0) { /* -ECHILD: other code has reaped it */
         ended->status = 0;
         ended->source = AP_SOURCE_LOST;
     }

@@ -1,19 +1,19 @@
 /* The children that one loop watches by pid, and three ways to reap those that have ended.
  *
- * Signals merge: a child that ends while a SIGCHLD is pending sends none of its own. So after each signal there is doubt
- * whether somebody has ended whom no signal has named. Facts on what it costs to find out:
- * waitid(P_ALL) walks the kernel's list of all children, oldest first, up to the first zombie: 0.1 us for each. Whoever asks
- * for one child with waitid(P_PID) pays for that one only: 0.5 to 1 us.
+ * Signals merge: a child that ends while a SIGCHLD is pending sends none of its own. So after each signal, a child may have
+ * ended that no signal has named. What it costs to find out: waitid(P_ALL) walks the kernel's list of all children, oldest
+ * first, up to the first zombie: 0.1 us for each. waitid(P_PID) asks for one child: 0.5 to 1 us.
  *
  * One user each; zeroed memory is an empty one. Those that reap write to batch->exits, up to AP_BATCH, remove what they have
- * reaped, and return how many there are; AP_BATCH means: call again. As ap_reaper_reap, they add to what was not released. */
+ * reaped, and return how many there are; AP_BATCH means: call again. As ap_reaper_reap, they add to what was not
+ * released. */
 #ifndef AP_PIDS_H
 #define AP_PIDS_H
 
 enum {
-    AP_DOUBT_LATER = 1, /* a signal named somebody who is not among the watched: one of ours may have merged with it */
-    AP_DOUBT_NOW = 2,   /* a signal named one of ours, or whom it named is not known: others have probably merged with it */
-    AP_DOUBT_ALL = 4    /* each must be asked for: somebody else reaps, or a zombie that is not ours hides the younger ones */
+    AP_DOUBT_LATER = 1, /* a signal named a child that is not watched: one of ours may have merged with it */
+    AP_DOUBT_NOW = 2,   /* a signal named one of ours, or an unknown child: others have probably merged with it */
+    AP_DOUBT_ALL = 4    /* each must be asked for: other code reaps, or another's zombie hides younger ones from P_ALL */
 };
 
 typedef struct {
@@ -37,10 +37,11 @@ void ap_pids_clear(ap_pids *pids);
  * pids->doubt. */
 int ap_pids_reap_named(ap_pids *pids, ap_batch *batch);
 
-/* Reap those that no foreign zombie hides: each costs one walk over the older children in the kernel. Adds to pids->doubt. */
+/* Reap by waitid(P_ALL), up to the first zombie that is not ours: each costs one walk over older children. Adds to
+ * pids->doubt. */
 int ap_pids_reap_first(ap_pids *pids, ap_batch *batch);
 
-/* Ask for each, one system call for each: so those are found, too, that others have reaped, as AP_SOURCE_LOST. */
+/* Ask for each by a system call. This also finds those that other code has reaped, as AP_SOURCE_LOST. */
 int ap_pids_reap_all(ap_pids *pids, ap_batch *batch);
 
 #endif

@@ -14,24 +14,24 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* epoll's data word: the pidfd or the gate below, the pid (0: the wake descriptor) or the gate's number above it, and flags on
- * top of each. Pids end at 2^22, descriptors before 2^31. */
+/* epoll's data word: the pidfd or the gate below, the pid (0: the wake descriptor) or the gate's number above it, and flags
+ * on top of each. Pids end at 2^22, descriptors before 2^31. */
 #define PEEK ((uint64_t)1 << 63)
 #define GATE ((uint64_t)1 << 62)
 #define PERSISTENT ((uint64_t)1 << 31)
 
 static struct epoll_event interest(int pid, int pidfd, int flags)
 {
-    /* One shot: the first event is nearly always the end, and an interest that has fired is gone with the last copy of the
-     * descriptor, silent until then. So it need not be deleted, even if a forked process holds a copy. */
+    /* One shot: the first event is nearly always the exit. After it the entry is silent, and goes with the last copy of the
+     * descriptor. So it need not be deleted, even if a forked process holds a copy. */
     return (struct epoll_event){
         .events = EPOLLIN | EPOLLET | (pid == 0 ? 0 : EPOLLONESHOT),
         .data.u64 = (uint64_t)(uint32_t)pid << 32 | (uint32_t)pidfd | (flags & AP_ADD_PEEK ? PEEK : 0),
     };
 }
 
-/* Have a process that could not be reaped tell again. Edge-triggered, so that it costs nothing until something about it
- * changes; but first it tells once more at once, and so nothing that has changed meanwhile is missed. */
+/* Keep watching a process that could not be reaped. Edge-triggered: it costs nothing until its state changes. EPOLL_CTL_MOD
+ * reports the present state once more, so a change between the two calls is not missed. */
 static void persist(int reaper, int pidfd, uint64_t data)
 {
     struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = data | PERSISTENT};
@@ -111,8 +111,8 @@ int ap_reaper_modify(int reaper, int pid, int pidfd, int flags)
 
 void ap_reaper_remove(int reaper, int pidfd)
 {
-    /* DEL before close: a forked process may hold a copy, and then close alone would leave the interest in the set,
-     * out of reach and firing for ever. */
+    /* DEL before close: if a forked process holds a copy, close alone would leave the entry in the set, where nobody can
+     * reach it and it fires for ever. */
     (void)epoll_ctl(reaper, EPOLL_CTL_DEL, pidfd, NULL);
     ap_close_tracked_fd(pidfd);
 }
@@ -122,16 +122,16 @@ static int reap_one(int pid, int pidfd, int options, uint32_t events, ap_exit *r
 {
     int told, err = ap_waitid(AP_P_PIDFD, pidfd, options, ret_exit);
 
-    if (err < 0 && err != -ECHILD) /* a filter put in place since: the pid is as good, since only we could have reaped it */
+    if (err < 0 && err != -ECHILD) /* a seccomp filter has come since. The pid is safe: only we can have reaped the child */
         err = ap_waitid(P_PID, pid, options, ret_exit);
     if (err >= 0)
         return err;
 
-    /* ECHILD: somebody else has reaped it, is about to, or is its parent. */
+    /* ECHILD: other code has reaped it or is about to, or it is a child of another process. */
     told = ap_pidfd_get_exit(pidfd, &ret_exit->status);
     if (told == 1)
         ret_exit->source = AP_SOURCE_RECOVERED;
-    else if (told == 0 && !(events & EPOLLHUP)) /* not reaped yet, or in this instant: EPOLLHUP follows for certain */
+    else if (told == 0 && !(events & EPOLLHUP)) /* not reaped, or being reaped now: EPOLLHUP will follow */
         ret_exit->source = AP_SOURCE_PENDING;
     else {
         ret_exit->source = AP_SOURCE_LOST;
@@ -140,7 +140,7 @@ static int reap_one(int pid, int pidfd, int options, uint32_t events, ap_exit *r
     return 1;
 }
 
-/* What has come through a gate. */
+/* Read what a child has sent at its gate. */
 static void read_gate(uint64_t data, ap_exit *ret_exit)
 {
     char word;

@@ -17,13 +17,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Whom to call after us. Links are never changed nor freed, since a handler may be reading them in any thread; the same
- * (action, next) is found again, and no action is in a chain twice, so that somebody who replaces us over and over does not
- * make it grow. */
+/* The action that our handler calls next. Links are never changed or freed, since a handler may be reading them in any
+ * thread. The same (action, next) is used again, and no action is in a chain twice: so the chain does not grow if other code
+ * replaces our handler again and again. */
 struct link {
     struct sigaction action;
     struct sigaction quiet; /* the same, but that the kernel leaves zombies */
-    const struct link *next; /* who was there before: for an action that calls us in turn */
+    const struct link *next; /* called next if `action` calls our handler */
     struct link *made_before;
 };
 
@@ -35,13 +35,14 @@ static _Atomic(int) abandoned[MAX_ABANDONED];
 static _Atomic(int) abandoned_count;     /* at least as many as there are; 0 spares each signal a walk over all */
 static _Atomic(unsigned int) names[NAMES]; /* what the signals have named, each below the number of its round */
 static _Atomic(unsigned int) name_count;
-static _Atomic(int) nobody_count; /* how many of them were nobody's since the last check */
+static _Atomic(int) nobody_count; /* how many of them named no child since the last check */
 static _Atomic(int) is_paused;    /* the `quiet` of `first` is in our place */
 static struct link *all_links;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* never taken by the handler */
 
-/* The link that our handler is calling in this thread. If it calls us, it is the next one's turn: no endless recursion.
- * glibc would allocate the memory of other TLS models at first use, which a handler must not do; musl never does. */
+/* The link that our handler is calling in this thread. If that calls our handler, the next link is called: no endless
+ * recursion. glibc would allocate the memory of other TLS models at first use, which a handler must not do; musl never
+ * does. */
 #ifdef __GLIBC__
 static __thread const struct link *calling __attribute__((tls_model("initial-exec")));
 #else
@@ -64,7 +65,7 @@ static void reap_abandoned_pids(void)
     }
 }
 
-/* What a place holds in its n-th use: so a reader sees whether a name was not written yet. Pids end below 2^22. */
+/* A name with the number of its round, so that a reader sees if the place was not written yet. Pids are below 2^22. */
 static unsigned int encode_name(unsigned int number, int name)
 {
     return (number / NAMES + 1) << PID_BITS | (unsigned int)name;
@@ -78,7 +79,7 @@ void ap_sigchld_add_name(int name)
 
     atomic_store(&names[number % NAMES], encode_name(number, name));
     if (fd >= 0)
-        (void)!write(fd, &one, sizeof one); /* last: whoever is woken finds the name */
+        (void)!write(fd, &one, sizeof one); /* last: the loop that it wakes finds the name */
 }
 
 unsigned int ap_sigchld_count_names(void)
@@ -105,7 +106,7 @@ int ap_sigchld_next_name(unsigned int *seen, int *ret_name)
     return 1;
 }
 
-/* Whether there is a function to call; SA_SIGINFO, which some set with SIG_DFL, says nothing about that. */
+/* Whether there is a function to call. SA_SIGINFO does not tell: some programs set it with SIG_DFL. */
 static int has_handler(const struct sigaction *action)
 {
     return action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN;
@@ -123,7 +124,7 @@ static int read_name(const siginfo_t *info)
 {
     struct sigaction now;
 
-    /* Only the kernel can be trusted to call us with a siginfo_t; whoever chains to us may think that we take one argument. */
+    /* Trust `info` only if the kernel has called us: a handler that calls ours may pass one argument. */
     if (calling != NULL || sigaction(SIGCHLD, NULL, &now) < 0 || !is_ours(&now))
         return AP_NAME_UNKNOWN;
     switch (info->si_code) {
@@ -140,8 +141,8 @@ static int read_name(const siginfo_t *info)
     }
 }
 
-/* Has us called no longer until the next check: so many signals that are not for us can leave a thread no time for anything
- * else, this check included. Called by the handler, without the lock: whoever holds it may wait for us. */
+/* Removes our handler until the next check. A storm of signals can leave a thread no time for anything else, the check
+ * included. Called by the handler, without the lock: a thread that holds it may be interrupted by this handler. */
 static void pause_handler(void)
 {
     const struct link *link = atomic_load(&first);
@@ -235,8 +236,9 @@ static void go_in_front(const struct link *link)
 
     (void)sigemptyset(&ours.sa_mask);
     if (has_handler(&link->action)) {
-        /* It must find what it asked for. libuv's deadlocks if a signal interrupts it; Python's needs its system calls
-         * interrupted, or runs only when they have ended; a shell's wants to hear of children that stop. */
+        /* That handler must run under the conditions that it asked for. libuv's deadlocks if a signal interrupts it.
+         * Python's needs system calls to be interrupted, or it runs only after them. A shell's needs signals for stopped
+         * children. */
         ours.sa_mask = link->action.sa_mask;
         flags &= link->action.sa_flags;
     }
@@ -270,7 +272,7 @@ int ap_sigchld_install(int resume)
             result = AP_INSTALL_RESUMED;
         }
     } else if (!is_ours(&now)) {
-        /* Who has no handler calls nobody. */
+        /* An action without a handler calls nothing after it. */
         link = find_link(&now, has_handler(&now) ? drop(atomic_load(&first), &now) : NULL);
         if (link == NULL)
             result = -ENOMEM;
@@ -294,7 +296,7 @@ int ap_sigchld_restore(void)
     link = atomic_load(&first);
     if ((is_ours(&now) || is_put_by_pause(&now)) && link != NULL) {
         (void)sigaction(SIGCHLD, &link->action, NULL);
-        /* `first` stays: another thread may be in our handler, and somebody may have kept us to call us. */
+        /* `first` stays: another thread may be in our handler, and another library may still call it. */
         atomic_store(&is_paused, 0);
         result = 1;
     }

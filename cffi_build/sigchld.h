@@ -1,9 +1,9 @@
-/* A SIGCHLD handler that notes whom each signal names, wakes one descriptor, then calls whoever was installed before.
- * Thread-safe. Every function returns -errno on failure. */
+/* A SIGCHLD handler: it notes the child that a signal names, wakes one descriptor, then calls the handler that it has
+ * replaced. Thread-safe. Every function returns -errno on failure. */
 #ifndef AP_SIGCHLD_H
 #define AP_SIGCHLD_H
 
-/* What a signal may name instead of a child that has ended. Neither is a child's pid. */
+/* What is noted if a signal names no child that has ended. Neither is the pid of a child. */
 enum {
     AP_NAME_NOBODY = 0, /* no child has ended: sent by kill(), or a child has stopped */
     AP_NAME_UNKNOWN = 1 /* not known: another handler has called ours, or too many signals came */
@@ -24,19 +24,18 @@ int ap_sigchld_next_name(unsigned int *seen, int *ret_name);
 
 enum { AP_INSTALL_UNCHANGED = 0, AP_INSTALL_DONE = 1, AP_INSTALL_RESUMED = 2 };
 
-/* Put the handler in front of whoever is there now, with the mask, SA_RESTART and SA_NOCLDSTOP that a handler there has
- * asked for; with both flags if there is none. After 1,000 signals that have named nobody the handler puts back whoever was
- * there before, though not SIG_IGN and SA_NOCLDWAIT, and so pauses until this is called with `resume`; with that they are
- * counted anew. Returns AP_INSTALL_*. */
+/* Install the handler in front of the present one, with that one's mask, SA_RESTART and SA_NOCLDSTOP; with both flags if
+ * there is none. After 1,000 signals that have named no child, the handler pauses: it restores the previous action, but not
+ * SIG_IGN and SA_NOCLDWAIT. With `resume` this function ends the pause and counts from 0. Returns AP_INSTALL_*. */
 int ap_sigchld_install(int resume);
 
-/* Put back whoever was there before. Returns 1, or 0 if the handler is not in front: then it is not ours to change. */
+/* Restore the previous action. Returns 1, or 0 if our handler is not in front: then another library's is, and stays. */
 int ap_sigchld_restore(void);
 
-/* Have the handler itself reap `pid`, for whom no loop is left to do it. -ENOSPC: there are too many. */
+/* Have the handler itself reap `pid`, whose loop is closed. -ENOSPC: there are too many. */
 int ap_sigchld_abandon(int pid);
 
-/* Take back ap_sigchld_abandon: the handler does not reap `pid` any more. Returns whether it would have. */
+/* Undo ap_sigchld_abandon: the handler does not reap `pid` any more. Returns whether it would have. */
 int ap_sigchld_claim(int pid);
 
 /* Reap the abandoned children that have ended; returns how many are left. */

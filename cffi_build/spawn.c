@@ -21,9 +21,9 @@
 #endif
 
 /* clone3 with a stack of the child's own, on which it calls ap_run_child(data). libc has no such function, and the child
- * cannot return into this one. Each operand has its register: of those that a compiler may choose, some are changed before
- * they are read (rdi, rbp), some by the kernel (rcx, r11). Not inlined, where registers that the kernel does not keep (SVE's)
- * might hold something of the caller's. */
+ * cannot return from this one. Each operand has a fixed register. If the compiler chose, it could take one that is changed
+ * before it is read (rdi, rbp), or by the kernel (rcx, r11). Not inlined: the caller might keep values in registers that the
+ * kernel does not preserve (SVE's). */
 #if defined(__x86_64__)
 static __attribute__((noinline)) long clone3_child(struct ap_clone_args *args, void *data)
 {
@@ -74,13 +74,15 @@ static long clone3_child(struct ap_clone_args *args, void *data)
 }
 #endif
 
-/* Returns the pid, or -errno; *ret_pidfd stays -1 on a kernel that ignores CLONE_PIDFD (before 5.2), or without that flag. */
+/* Returns the pid, or -errno; *ret_pidfd stays -1 on a kernel that ignores CLONE_PIDFD (before 5.2), or without that
+ * flag. */
 static int clone_child(struct launch *launch, int with_pidfd, int *ret_pidfd)
 {
     enum { STACK_SIZE = 16384 };
     _Alignas(16) char stack[STACK_SIZE];
     const unsigned int flags = CLONE_VM | CLONE_VFORK | (with_pidfd ? CLONE_PIDFD : 0U);
-    /* Exit signal 0 until it runs its program (exec makes it SIGCHLD): a child that fails before is seen by nobody but us. */
+    /* Exit signal 0; exec makes it SIGCHLD. So if the child fails before its program runs, only a wait with __WALL finds
+     * it. */
     struct ap_clone_args args = {
         .flags = flags | CLONE_CLEAR_SIGHAND,
         .pidfd = with_pidfd ? (uint64_t)(uintptr_t)ret_pidfd : 0,
@@ -96,7 +98,7 @@ static int clone_child(struct launch *launch, int with_pidfd, int *ret_pidfd)
             pid = -errno;
     }
 #ifdef __SANITIZE_ADDRESS__
-    /* The child has called execve from in there, and left the borders of its variables marked, where others will stand. */
+    /* The child has left this stack by execve, and AddressSanitizer's marks around its variables are still set. */
     __asan_unpoison_memory_region(stack, sizeof stack);
 #endif
     return (int)pid;
@@ -143,8 +145,8 @@ static char **copy_environment(void)
     return copy;
 }
 
-/* Reaps a child that has ended without running its program. Its exit signal is 0, so that nobody reaps it by accident. By its
- * pidfd all the same: whoever asks with __WALL may have been faster, and its number may be another child's. */
+/* Reaps a child that has ended without running its program. By its pidfd: other code that waits with __WALL may have reaped
+ * it first, and the pid may be another child's. */
 static void discard(int pid, int pidfd)
 {
     ap_exit unused;
@@ -202,7 +204,7 @@ int ap_spawn(ap_birth *ret_birth, int reaper, const char *paths, int path_count,
         discard(pid, pidfd);
         return failure(launch.step, launch.error);
     }
-    /* From here on it may be reaped by others: it is ended, if it must be, by its pidfd. */
+    /* From here on other code may reap it. If it must be killed, that is done by its pidfd. */
     ret_birth->held = pidfd >= 0 && ap_reaper_adopt(reaper, pid, pidfd, 0) == 0;
     ret_birth->pidfd = pidfd;
     ret_birth->pid = pid;

@@ -11,15 +11,16 @@ enum {
     AP_SPAWN_SETSID = 4           /* call setsid(2) */
 };
 
-/* A program that was started: written before ap_spawn returns, since in Python an interrupt may come right after that. */
+/* A program that was started. ap_spawn writes it before it returns, since a Python signal handler may raise right after
+ * that. */
 typedef struct {
     int pid;   /* 0 until it was started */
     int pidfd; /* once there is a pid; -1: none */
     int held;  /* the reaper holds the pidfd, which is tracked as after ap_reaper_add */
 } ap_birth;
 
-/* Start a program as vfork(2) and execve(2) do, close-on-exec races and at-fork hooks spared, and hold its pidfd in the
- * reaper. Lists of strings are one block in which each string ends with a NUL:
+/* Start a program as vfork(2) and execve(2) do, without at-fork hooks, and hold its pidfd in the reaper. Lists of strings
+ * are one block in which each string ends with a NUL:
  *   paths     what to try to execute, in this order
  *   env       read if env_count >= 0; -1: the environment of this process
  *   cwd       NULL: the caller's
@@ -32,7 +33,7 @@ typedef struct {
  * has none, and where the reaper cannot hold it (epoll_ctl(2)) it is open and not held.
  * On failure returns -(step << 16 | errno) with a step of AP_STEP_*: there is no child, no zombie and no descriptor, and
  * *ret_birth is as it was.
- * ENOSYS, EPERM, EACCES, EINVAL at AP_STEP_PARENT: clone with CLONE_PIDFD (Linux 5.2) is not to be had here. */
+ * ENOSYS, EPERM, EACCES, EINVAL at AP_STEP_PARENT: clone with CLONE_PIDFD (Linux 5.2) is not available. */
 int ap_spawn(ap_birth *ret_birth, int reaper, const char *paths, int path_count, const char *argv, int arg_count,
              const char *env, int env_count, const char *cwd, const int *pass_fds, int pass_count, int in, int out, int err,
              int umask, int pgid, int flags);

@@ -19,8 +19,8 @@ void ap_set_mask(uint64_t mask, uint64_t *ret_old)
     (void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, ret_old, sizeof mask);
 }
 
-/* From here on: the child, in its parent's memory, while that thread of the parent stands still and others go on.
- * Only system calls, and nothing that takes a lock. */
+/* All that follows runs in the child, in its parent's memory. The thread that started it waits, other threads of the parent
+ * go on. So: system calls alone, and nothing that takes a lock. */
 
 static int set_default(int number)
 {
@@ -48,7 +48,7 @@ static int connect_stdio(const int *wanted)
 {
     int from[3] = {wanted[0], wanted[1], wanted[2]}, to;
 
-    /* What stands where another one has to go moves up first. */
+    /* First move a descriptor away if another one must go to its number. */
     for (to = 1; to < 3; to++)
         while (from[to] >= 0 && from[to] < to)
             if ((from[to] = fcntl(from[to], F_DUPFD_CLOEXEC, to)) < 0)
@@ -88,7 +88,7 @@ static int close_listed(unsigned int first, unsigned int last)
     return size < 0 ? -1 : 0;
 }
 
-/* Each number that may be open, as subprocess does; how high they go only the limit says. */
+/* Close each number up to the limit, as subprocess does. */
 static void close_each(unsigned int first, unsigned int last)
 {
     long limit = sysconf(_SC_OPEN_MAX);
@@ -105,7 +105,7 @@ static void close_between(unsigned int first, unsigned int last)
     /* Before Linux 5.9, or filtered. */
     if (close_listed(first, last) < 0) { /* no /proc, or one of another PID namespace; or no descriptor to read it with */
         close_each(first, last);
-        (void)close_listed(first, last); /* there is one now; and the limit may have been lowered below what is open */
+        (void)close_listed(first, last); /* there is a free descriptor now; and the limit may be lower than an open number */
     }
 }
 
@@ -162,7 +162,7 @@ int ap_run_child(void *data)
         for (i = 0; i < launch->path_count; i++) {
             (void)execve(launch->paths[i], launch->argv, launch->env);
             if (error == 0 && errno != ENOENT && errno != ENOTDIR)
-                error = errno; /* as subprocess does: what is there and cannot be run, before what is not there */
+                error = errno; /* as subprocess: a file that cannot be run counts more than one that is missing */
         }
         if (error == 0)
             error = errno;

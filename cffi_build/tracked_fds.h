@@ -1,5 +1,5 @@
-/* The descriptors that a forked child closes: reapers, the pidfds in them, gates. They are tracked in C, since in the child a
- * look at a Python object copies its page. Thread-safe. */
+/* The descriptors that a forked child closes: reapers, the pidfds in them, gates. They are tracked in C, since in the child
+ * a look at a Python object copies its page. Thread-safe. */
 #ifndef AP_TRACKED_FDS_H
 #define AP_TRACKED_FDS_H
 
@@ -13,8 +13,8 @@ int ap_is_tracked_fd(int fd);
 /* Do not track `fd` any more: other code has closed it. */
 void ap_untrack_fd(int fd);
 
-/* Untrack `fd`, and close it. In this order: a child that is forked in between may keep a copy, but closes no other file that
- * gets this number. */
+/* Untrack `fd`, and close it. In this order: a child that is forked in between may keep a copy, but closes no other file
+ * that gets this number. */
 void ap_close_tracked_fd(int fd);
 
 /* Do the same for many descriptors, and sort them. Consecutive numbers are closed by one call (Linux 5.9). */
