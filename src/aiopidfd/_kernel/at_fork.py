@@ -1,4 +1,4 @@
-"""The one hook that this package has for os.fork(), and the functions that it calls in each forked child, in order."""
+"""The only at-fork hook of this package. It calls functions in each forked child, in order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _functions: list[Callable[[], None]] = []
 
 
 def call_in_forked_children(function: Callable[[], None]) -> None:
-    """Call `function` in each forked child from now on, before its own code runs. Once more has no effect."""
+    """Call `function` in each forked child from now on, before the child's own code. A second call has no effect."""
     if function in _functions:
         return
-    if not _functions:  # not before it is needed: hooks that the application has registered until then run first
+    if not _functions:  # registered late, so that hooks of the application run first
         os.register_at_fork(after_in_child=_call_all)
     _functions.append(function)
 

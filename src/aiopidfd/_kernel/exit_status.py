@@ -9,11 +9,11 @@ from typing import Final, Literal
 
 Source = Literal["reaped", "peeked", "recovered", "lost", "not-child"]
 
-# struct rusage as the kernel's waitid(2) writes it: two times as seconds and microseconds, then 14 counters, all longs.
+# struct rusage as waitid(2) writes it: two times, each in seconds and microseconds, then 14 counters. All are longs.
 _RUSAGE: Final = struct.Struct("@18l")
 RUSAGE_SIZE: Final = _RUSAGE.size
 
-LOST_RETURNCODE: Final = 255  # what asyncio reports for a child whose status somebody else has read
+LOST_RETURNCODE: Final = 255  # as asyncio reports for a child that another waitpid() reaped
 
 
 class ExitStatus:
@@ -21,13 +21,15 @@ class ExitStatus:
 
     Attributes:
         pid: the process.
-        returncode: its exit code, or -signum if a signal killed it, as everywhere in Python. 255 if the status is lost;
-            None if the process was not our child and the kernel does not tell (before Linux 6.15).
-        core_dumped: whether it left a core dump.
-        source: where the status comes from. "reaped": from waitid(2), and the zombie is gone. "peeked": from waitid(2),
-            and the zombie was left for its owner (`reap=False`). "recovered": somebody else reaped the process, the
-            kernel told us all the same (Linux 6.15). "lost": somebody else reaped it, nobody can tell any more.
-            "not-child": it was another process's child.
+        returncode: the exit code, or -signum if a signal killed the process, as everywhere in Python. 255 if the status is
+            lost. None if the process was not our child and the kernel does not report its status (before Linux 6.15).
+        core_dumped: whether the process left a core dump.
+        source: where the status comes from.
+            "reaped": from waitid(2), and the zombie is gone.
+            "peeked": from waitid(2), and the zombie was left for its owner (`reap=False`).
+            "recovered": another waitpid() reaped the process first. The kernel has reported the status (Linux 6.15).
+            "lost": another waitpid() reaped the process first. The status is unknown.
+            "not-child": the process was another process's child. The status is unknown.
     """
 
     __slots__ = ("_rusage", "core_dumped", "pid", "returncode", "source")
@@ -38,7 +40,7 @@ class ExitStatus:
         self.core_dumped = status & 0x80 != 0
         self._rusage = rusage
         self.returncode: int | None
-        if source == "reaped":  # first, as nearly all are
+        if source == "reaped":  # the most frequent one first
             self.returncode = waitstatus_to_exitcode(status)
         elif source == "lost":
             self.returncode = LOST_RETURNCODE
@@ -49,9 +51,9 @@ class ExitStatus:
 
     @property
     def rusage(self) -> struct_rusage | None:
-        """What the process used, as `resource.getrusage` shows it; None unless the status came from waitid(2).
+        """The resources that the process used, as from `resource.getrusage`. None unless the status is from waitid(2).
 
-        ru_maxrss, in KiB, is never below what the parent had at the fork: exec does not lower it.
+        ru_maxrss (in KiB) includes the size of the parent at the time of the fork: exec does not lower it.
         """
         if self._rusage is None:
             return None

@@ -1,13 +1,17 @@
-"""What a new process has inherited and does not need. Others wait for the end of it: a pipe, a connection, a lock of a file.
+"""Inherited descriptors that a new process does not need: find them, and close or replace them.
 
-Facts that this rests on:
+As long as they are open, other processes wait: for the end of a pipe or a connection, or for a lock on a file.
 
-* An epoll descriptor names a file that it holds by the number *and* the open file. Shared across a fork, it tells whether a
-  number is still the same file: EEXIST where it is. Inode numbers do not tell: all eventfds and their like share one.
-* Files and folders that epoll refuses with EPERM have no other end. A flock(2), an open-file-description lock and a lease
-  belong to the open file, which a forked process shares. /proc/self/fdinfo has a line of each. POSIX locks do not.
-* Objects of C and Python that were copied by a fork still close the numbers that they know. So a number is not closed but
-  replaced by something harmless, or they would close what has got it next.
+Facts:
+
+* epoll identifies a file by the descriptor number *and* the open file. An epoll descriptor that is shared across a fork
+  shows whether a number is still the same file: EPOLL_CTL_ADD fails with EEXIST if it is. Inode numbers do not show it: all
+  eventfds and other anonymous files share one.
+* Files and directories, which epoll refuses with EPERM, have no other end. flock(2) locks, open file description locks and
+  leases belong to the open file, which a forked process shares. /proc/self/fdinfo has a line for each. POSIX locks do not
+  belong to the open file.
+* Objects of C and Python that a fork has copied still close the numbers that they know. If such a number was closed, they
+  would close the next file with this number. So it is replaced by a harmless file instead.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ import select
 import stat
 from collections.abc import Collection
 
-# Where nothing tells which are open. Most processes use the lowest numbers, whatever their limit is.
+# The numbers that are tried where no /proc lists the open ones. Most processes use low numbers, whatever their limit is.
 _MAX_TRIED = 1 << 16
 _MEMORY_DEVICES = 1  # major number of /dev/null, zero, full, random, urandom
 
 
 class Snapshot:
-    """The descriptors that this process has, to be recognised in a child of it, whatever its fork hooks have opened.
+    """The descriptors of this process. A forked child can tell them from those that its fork hooks have opened.
 
-    Take it just before the fork, and close it on both sides.
+    Make it just before the fork, and close it in both processes.
     """
 
     def __init__(self) -> None:
@@ -36,35 +40,35 @@ class Snapshot:
         self._numbers = list_descriptors()
         self._known = select.epoll()
         for fd in self._numbers:
-            with contextlib.suppress(OSError):  # EPERM: it cannot be polled. EBADF: closed by another thread, or by O_PATH
+            # EPERM: it cannot be polled. EBADF: another thread has closed it, or it was opened with O_PATH.
+            with contextlib.suppress(OSError):
                 self._known.register(fd, 0)
 
     def find_inherited(self) -> list[int]:
-        """In the child: return which of its descriptors are the parent's."""
+        """In the child: return those descriptors that are the parent's."""
         return [fd for fd in self._numbers if self._is_same(fd)]
 
     def _is_same(self, fd: int) -> bool:
         try:
             self._known.register(fd, 0)
         except OSError as exc:
-            return (
-                exc.errno != errno.EBADF
-            )  # EEXIST: it is. Or it cannot be told (EPERM, ELOOP, ENOSPC), and was there before
-        return False  # another file has got the number since
+            # EEXIST: it is the same file. EPERM, ELOOP, ENOSPC: not known, and taken for the same file.
+            return exc.errno != errno.EBADF
+        return False  # another file has this number now
 
     def close(self) -> None:
-        """Close it."""
+        """Close the epoll descriptor."""
         self._known.close()
 
 
 def list_descriptors() -> list[int]:
-    """Return the numbers of all descriptors that are open; where there is no /proc, of those below 65536."""
+    """Return all open descriptors. Without /proc, return those below 65536."""
     try:
         listed = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # ENOENT: no /proc, or it is that of a PID namespace in which this process is not. EMFILE, ENFILE
+    except OSError:  # ENOENT: no /proc, or that of a PID namespace without this process. EMFILE, ENFILE: out of descriptors
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         listed = list(range(_MAX_TRIED if limit == resource.RLIM_INFINITY else min(limit, _MAX_TRIED)))
-    return [fd for fd in listed if _is_open(fd)]  # without that of the listing itself
+    return [fd for fd in listed if _is_open(fd)]  # listdir() has closed its own
 
 
 def _is_open(fd: int) -> bool:
@@ -76,10 +80,10 @@ def _is_open(fd: int) -> bool:
 
 
 def replace_inherited(inherited: Collection[int], keep: int) -> None:
-    """Let go of those inherited descriptors that have another end or a lock, but for `keep` and the standard streams.
+    """Replace inherited descriptors that have another end or a lock. Keep `keep` and the standard streams.
 
-    Of numbers 0 to 2 those are standard streams that a program would inherit, too: that are not close-on-exec.
-    Call it before anything is opened that is to stay, so that what has one of these numbers is what was inherited.
+    The standard streams are those of 0 to 2 that are not close-on-exec, as a program would inherit them. Call this before
+    the process opens anything else: each of these numbers must still be the inherited file.
     """
     found = [fd for fd in inherited if fd != keep and _is_open(fd) and not _is_standard_stream(fd) and _has_other_end(fd)]
     null = _open_null()
@@ -89,9 +93,9 @@ def replace_inherited(inherited: Collection[int], keep: int) -> None:
 
 
 def close_inherited(keep: int) -> None:
-    """In a program that has just been started: close what it has inherited, but for `keep` and the standard streams.
+    """In a program that was just started: close all inherited descriptors but `keep` and the standard streams.
 
-    No object knows those numbers. What the interpreter has opened by itself is close-on-exec.
+    No object refers to them. Descriptors that the interpreter has opened itself are close-on-exec, so they stay open.
     """
     for fd in list_descriptors():
         if fd > 2 and fd != keep and os.get_inheritable(fd):
@@ -104,7 +108,7 @@ def _is_standard_stream(fd: int) -> bool:
 
 
 def _has_other_end(fd: int) -> bool:
-    """Return whether somebody may wait for the end of `fd`: not of a file without a lock, a folder, or /dev/null's like."""
+    """Return whether another process may wait for this file: not for a directory, /dev/null, or a file without a lock."""
     found = os.fstat(fd)
     if stat.S_ISCHR(found.st_mode):
         return os.major(found.st_rdev) != _MEMORY_DEVICES
@@ -112,16 +116,16 @@ def _has_other_end(fd: int) -> bool:
 
 
 def _is_locked(fd: int) -> bool:
-    """Return whether the file is locked by way of this descriptor. Without /proc that is not known, and it counts as not."""
+    """Return whether the open file has a lock. Without /proc this is not known, and the answer is False."""
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii", errors="replace") as fdinfo:
             return any(line.startswith("lock:") for line in fdinfo)
-    except OSError:  # ENOENT: no /proc. EMFILE, ENFILE
+    except OSError:  # ENOENT: no /proc. EMFILE, ENFILE: out of descriptors
         return False
 
 
 def _open_null() -> int:
-    """Return a descriptor to replace others by: what is read from it is empty, and what is written to it is lost."""
+    """Open /dev/null, or an empty file in memory where there is no usable /dev."""
     try:
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # ENOENT, EACCES, ENXIO: an incomplete /dev
@@ -129,7 +133,7 @@ def _open_null() -> int:
 
 
 def _fill_standard_streams(null: int) -> None:
-    """Leave none of 0 to 2 closed, and close `null`. What is opened later, as the gate of a worker, must not get them."""
+    """Open `null` as each of 0 to 2 that is closed, then close it. A later file must not become a standard stream."""
     while null <= 2:
         os.set_inheritable(null, True)
         null = os.dup(null)

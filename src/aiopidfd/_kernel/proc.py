@@ -1,15 +1,18 @@
-"""/proc: whether it can be used, and what it tells of a process of which there is no pidfd.
+"""/proc: whether it can be used, and what it shows of a process without a pidfd.
 
-Facts that this rests on:
+Facts:
 
-* /proc may not be mounted, or be that of another PID namespace, where numbers mean other processes. "NSpid:" in the status
-  of a process has one number for each namespace from that of /proc to its own: one alone means that they are the same.
-* Mounted with hidepid=1 it answers EPERM for other users' processes, with hidepid=2 ENOENT as for those that have ended.
-* /proc/PID/stat: the time of the start tells a process from a later one of the same pid. State Z is that of the main thread:
-  the process has ended once there is no other thread (num_threads is 1; the main thread counts until it is reaped).
-* Its flags (the ninth field) have PF_FORKNOEXEC from the fork until exec, also once it is a zombie.
-* kill(pid, 0) answers ESRCH if nobody has the number, EPERM if another user's process has it. A zombie has it, too, and so
-  has a thread.
+* /proc may not be mounted. It may belong to another PID namespace, where the same pid is another process. "NSpid:" in
+  /proc/self/status has one number for each namespace from that of /proc to our own: a single number means that they are the
+  same.
+* With hidepid=1, /proc answers EPERM for processes of other users. With hidepid=2 it answers ENOENT, as for processes that
+  have ended.
+* /proc/PID/stat has the start time, which distinguishes a process from a later one with the same pid. State Z means that the
+  main thread has ended. The process has ended when there is no other thread: num_threads is 1, since the main thread counts
+  until it is reaped.
+* The flags in /proc/PID/stat (the ninth field) contain PF_FORKNOEXEC from the fork until exec. A zombie keeps the flag.
+* kill(pid, 0) answers ESRCH if no process has the pid, EPERM if a process of another user has it. Zombies and threads have
+  a pid, too.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _PF_FORKNOEXEC = 0x40
 
 
 def find_obstacle() -> str | None:
-    """Say why /proc does not tell of every process that there is; None if it does."""
+    """Return why /proc does not show all processes. None if it does."""
     mismatch = _find_mismatch()
     if mismatch is None and not os.access("/proc/1/stat", os.R_OK) and _exists(1):
         return "hides other users' processes (hidepid)"
@@ -29,11 +32,11 @@ def find_obstacle() -> str | None:
 
 
 def _find_mismatch() -> str | None:
-    """Say why the numbers in /proc are not those of our processes; None if they are."""
+    """Return why the pids in /proc are not ours. None if they are."""
     try:
         with open("/proc/self/status", "rb") as status:
             namespaces = [line for line in status if line.startswith(b"NSpid:")]
-    except OSError as exc:  # ENOENT: not mounted, or of a namespace in which we are not. EMFILE, ENFILE: not known now
+    except OSError as exc:  # ENOENT: not mounted, or of a namespace without us. EMFILE, ENFILE: out of descriptors
         return f"cannot be read ({exc.strerror})"
     if namespaces and len(namespaces[0].split()) != 2:
         return "is that of another PID namespace"
@@ -41,7 +44,7 @@ def _find_mismatch() -> str | None:
 
 
 def _exists(pid: int) -> bool:
-    """Return whether a process, or a thread, has the number."""
+    """Return whether a process or a thread has this pid."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -52,20 +55,20 @@ def _exists(pid: int) -> bool:
 
 
 class ProcState(NamedTuple):
-    """What can be seen of a process that was not reaped."""
+    """The state of a process that was not reaped."""
 
-    start_time: bytes | None  # when, for comparison; None if that cannot be seen
-    has_ended: bool  # it is a zombie; a zombie that cannot be seen passes for alive
+    start_time: bytes | None  # to be compared only; None if /proc does not show it
+    has_ended: bool  # whether it is a zombie; False if /proc does not show it
 
 
 def read_state(pid: int) -> ProcState | None:
-    """Return what can be seen of the process `pid`; None if there is none, or `pid` is a thread's."""
+    """Return the state of the process `pid`. None if there is no such process, or `pid` is the ID of a thread."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
         with open(f"/proc/{pid}/status", "rb") as status:
             is_thread = any(line.startswith(b"Tgid:") and int(line.split()[1]) != pid for line in status)
-    except OSError:  # ENOENT, ESRCH: it has ended, or is not to be seen. EPERM, EACCES: not to be seen. EMFILE, ENFILE
+    except OSError:  # ENOENT, ESRCH: it was reaped, or is hidden. EPERM, EACCES: it is hidden. EMFILE, ENFILE
         pass
     else:
         if len(fields) > 19 and _find_mismatch() is None:
@@ -74,17 +77,17 @@ def read_state(pid: int) -> ProcState | None:
 
 
 def has_called_exec(pid: int) -> bool:
-    """Return whether a child that was not reaped has called exec since it was forked; False where /proc does not tell."""
+    """Return whether a forked child, running or a zombie, has called exec. False where /proc does not show it."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             flags = int(stat.read().rpartition(b")")[2].split()[6])
-    except OSError:  # ENOENT, ESRCH: it was reaped by now, or there is no /proc. EMFILE, ENFILE
+    except OSError:  # ENOENT, ESRCH: it was reaped, or there is no /proc. EMFILE, ENFILE: out of descriptors
         return False
     return not flags & _PF_FORKNOEXEC and _find_mismatch() is None
 
 
 def read_pid(pidfd: int) -> int | None:
-    """Return the pid of the process behind `pidfd`, 0 if it was reaped, or that is no pidfd; None if /proc does not tell."""
+    """Return the pid behind `pidfd`. 0: the process was reaped, or `pidfd` is no pidfd. None: /proc does not show it."""
     try:
         with open(f"/proc/self/fdinfo/{pidfd}", "rb") as fdinfo:
             pids = [int(line.split()[1]) for line in fdinfo if line.startswith(b"Pid:")]

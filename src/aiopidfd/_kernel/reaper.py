@@ -1,4 +1,4 @@
-"""The reaper, and the pids that are watched without one: C structures of many children, reaped a batch at a time."""
+"""C structures that watch many children and reap them in batches: `Reaper` by pidfd, `Pids` by pid."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SOURCE_GATE_READY: Final = lib.AP_SOURCE_GATE_READY
 SOURCE_GATE_CLOSED: Final = lib.AP_SOURCE_GATE_CLOSED
 
 Record = tuple[int, int, int, int, bytes]
-"""pid (of a gate: minus its number), pidfd (-1: none), wait status, source (SOURCE_*), rusage."""
+"""pid, pidfd (-1: none), wait status, source (SOURCE_*), rusage. Of a start gate: minus its number, instead of the pid."""
 
 
 class Batch:
-    """What was reaped and nobody has been told yet: an `ap_batch`."""
+    """Children that were reaped and are not reported yet: an `ap_batch`."""
 
     __slots__ = ("_records", "struct")
 
@@ -38,7 +38,7 @@ class Batch:
         return RECORD.iter_unpack(self._records[: count * RECORD.size])
 
     def keep_open(self, pidfd: int) -> None:
-        """Take `pidfd` out of the batch: somebody else has closed it."""
+        """Remove `pidfd` from the batch, so that `release` does not close it: other code has closed it."""
         for i in range(self.struct.count):
             if self.struct.exits[i].pidfd == pidfd:
                 self.struct.exits[i].pidfd = -1
@@ -48,8 +48,8 @@ class Batch:
         lib.ap_batch_release(self.struct)
 
 
-# Do what Reaper.add does, and return minus the errno where that raises. No method, whose call costs as much again: the first
-# argument is the reaper's descriptor.
+# As Reaper.add, but the first argument is the reaper's descriptor, and an error is returned as -errno. A method call would
+# double the cost.
 try_add: Final[Callable[[int, int, int], int]] = lib.ap_reaper_add
 
 
@@ -59,42 +59,42 @@ class Reaper:
     __slots__ = ("_batch", "fd", "keep_open", "release")
 
     def __init__(self) -> None:
-        """Open it. EMFILE, ENFILE: out of descriptors."""
-        self.fd = -1  # as once closed
+        """Open the epoll descriptor. EMFILE, ENFILE: out of descriptors."""
+        self.fd = -1
         self.reopen()
         self._batch = Batch()
         self.keep_open, self.release = self._batch.keep_open, self._batch.release
 
     def mark_closed(self) -> None:
-        """Be closed: somebody else has closed the descriptor, whose number may be another one's by now."""
+        """Note that other code has closed the descriptor. Do not close it: another file may have its number."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             untrack_fd(fd)
 
     def reopen(self) -> None:
-        """Be open again, once closed. EMFILE, ENFILE: out of descriptors."""
+        """Open the epoll descriptor again after a close. EMFILE, ENFILE: out of descriptors."""
         fd = lib.ap_reaper_open()
         if fd < 0:
             raise error(-fd, "epoll_create1()")
         self.fd = fd
 
     def add(self, pid: int, flags: int) -> int:
-        """Open a pidfd for `pid` and hold it; return it. Errors as in reaper.h."""
+        """Open a pidfd for `pid` and add it. Return the pidfd. The errors are those in reaper.h."""
         pidfd = lib.ap_reaper_add(self.fd, pid, flags)
-        if pidfd == -errno.ENOENT:  # the ID of a thread (EINVAL before Linux 6.9)
+        if pidfd == -errno.ENOENT:  # `pid` is the ID of a thread (EINVAL before Linux 6.9)
             pidfd = -errno.ESRCH
         if pidfd < 0:
             raise error(-pidfd, f"cannot watch pid {pid}")
         return pidfd
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> None:
-        """Hold an open pidfd. EEXIST: held already; EBADF, EPERM: not a pidfd."""
+        """Add an open pidfd. EEXIST: it was added before. EBADF, EPERM: it is no pidfd."""
         result = lib.ap_reaper_adopt(self.fd, pid, pidfd, flags)
         if result < 0:
             raise error(-result, f"cannot watch pid {pid} by pidfd {pidfd}")
 
     def add_wake(self, fd: int) -> None:
-        """Hold a descriptor that is no pidfd: each write to it makes us readable, and `woken` true. Not if we are closed."""
+        """Add the wake descriptor: a write to it makes the reaper readable and sets `woken`. Ignored by a closed reaper."""
         if self.fd < 0:
             return
         result = lib.ap_reaper_add_wake(self.fd, fd)
@@ -102,17 +102,17 @@ class Reaper:
             raise error(-result, "epoll_ctl(EPOLL_CTL_ADD)")
 
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
-        """Change the flags of a held pidfd."""
+        """Change the flags of a pidfd that was added."""
         result = lib.ap_reaper_modify(self.fd, pid, pidfd, flags)
         if result < 0:
             raise error(-result, f"cannot change how pid {pid} is watched")
 
     def remove(self, pidfd: int) -> None:
-        """Let go of a pidfd and close it."""
+        """Remove a pidfd and close it."""
         lib.ap_reaper_remove(self.fd, pidfd)
 
     def reap(self) -> tuple[int, Iterator[Record]]:
-        """Reap what has ended, unless what was reaped before is not released yet; return how many there are, and what."""
+        """Reap children that have ended. Return how many, and their records. Return an unreleased batch again."""
         count = lib.ap_reaper_reap(self.fd, self._batch.struct)
         if count < 0:
             raise error(-count, "epoll_wait()")
@@ -120,11 +120,11 @@ class Reaper:
 
     @property
     def woken(self) -> bool:
-        """Whether the wake descriptor was written to, until `clear_woken`."""
+        """Whether the wake descriptor was written to since `clear_woken`."""
         return bool(self._batch.struct.woken)
 
     def clear_woken(self) -> None:
-        """Say that the wake was heeded."""
+        """Set `woken` to False."""
         self._batch.struct.woken = 0
 
     def close(self) -> None:
@@ -143,7 +143,7 @@ DOUBT_ALL: Final = lib.AP_DOUBT_ALL
 
 
 class Pids:
-    """The children that one loop watches by pid, and their reaping. The C contract is in cffi_build/pids.h."""
+    """The children that one loop watches by pid. The C contract is in cffi_build/pids.h."""
 
     __slots__ = ("_batch", "_pids", "keep_open", "release")
 
@@ -156,26 +156,26 @@ class Pids:
         return int(self._pids.count)
 
     def add(self, pid: int, peek: bool) -> None:
-        """Add a child, or change whether it is only peeked at."""
+        """Add a child, or change its `peek`: whether the zombie is left to its owner."""
         if lib.ap_pids_add(self._pids, pid, peek) < 0:
             raise MemoryError
 
     def remove(self, pid: int) -> bool:
-        """Remove a child; return whether it was there."""
+        """Remove a child. Return whether it was there."""
         return lib.ap_pids_remove(self._pids, pid) == 1
 
     def reap_named(self) -> tuple[int, Iterator[Record]]:
-        """Reap those that signals have named; return how many there are, and what."""
+        """Reap the children whose pid a SIGCHLD has named. Return how many, and their records."""
         count = lib.ap_pids_reap_named(self._pids, self._batch.struct)
         return count, self._batch.records(count)
 
     def reap_first(self) -> tuple[int, Iterator[Record]]:
-        """Reap those that no foreign zombie hides; return how many there are, and what."""
+        """Reap the children that no foreign zombie hides. Return how many, and their records."""
         count = lib.ap_pids_reap_first(self._pids, self._batch.struct)
         return count, self._batch.records(count)
 
     def reap_all(self) -> tuple[int, Iterator[Record]]:
-        """Ask for each; return how many have ended, and what."""
+        """Call waitid() for each child. Return how many have ended, and their records."""
         count = lib.ap_pids_reap_all(self._pids, self._batch.struct)
         return count, self._batch.records(count)
 

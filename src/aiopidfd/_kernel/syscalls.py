@@ -1,14 +1,18 @@
-"""The kernel as we use it: facts about its versions, and typed calls that raise OSError.
+"""System calls: typed functions that raise OSError, and facts about the versions of Linux.
 
-Facts that the code above rests on, by Linux version (tests/kernels tries them on 5.10, 6.1, 6.12, 6.18 and 7.2):
+Facts, by Linux version. tests/kernels tries them on 5.10, 6.1, 6.12, 6.18 and 7.2.
 
 * pidfd_send_signal 5.1, clone with CLONE_PIDFD 5.2, pidfd_open and polling a pidfd 5.3, waitid with P_PIDFD 5.4
   (EINVAL before). A seccomp filter may answer ENOSYS, EPERM or EACCES for any of them.
-* A pidfd becomes readable when the process is a zombie. EPOLLHUP when it has been reaped, since 6.9.
-* PIDFD_GET_INFO with PIDFD_INFO_EXIT tells the status of a reaped process, since 6.15, to any holder of a pidfd that was
-  opened before the reap. Between the reap and EPOLLHUP there is an instant in which it does not tell yet.
-* waitid on a pidfd whose process is being traced by another one finds nothing, although the pidfd is readable.
-* The shared epoll after fork: what a child changes in an inherited epoll descriptor changes for its parent.
+* A pidfd becomes readable when the process is a zombie. Since 6.9 it has EPOLLHUP when the process was reaped.
+* PIDFD_GET_INFO with PIDFD_INFO_EXIT returns the status of a reaped process, since 6.15. The pidfd must have been opened
+  before the reap. For an instant between the reap and EPOLLHUP the status is not available yet.
+* waitid on a pidfd finds nothing while another process traces the child, although the pidfd is readable.
+* A forked child shares the epoll files of its parent. A change by the child changes them for the parent, too.
+
+Some names below are functions of the C extension itself, without a Python function around them. A newly forked child calls
+them, and each Python function would cost it copies of some pages. They are looked up at import: cffi creates a function
+object at the first use, and each forked child would do that again.
 """
 
 from __future__ import annotations
@@ -29,15 +33,15 @@ P_PID: Final = 1
 P_PIDFD: Final = 3
 PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # Linux 6.9; EINVAL before
 
-# pidfds cannot be used here at all, as against: short of descriptors, or nothing there to open.
+# pidfds are not available at all. Other errors concern one process, or a lack of descriptors.
 FORBIDDEN: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def _explain(code: int) -> str:
-    """Say in words what `code` means for a call on a pid or a pidfd, and what helps."""
+    """Return what the errno `code` means for a call with a pid or a pidfd, and what helps."""
     if code == errno.ESRCH:
-        return "no such process: it has ended and was reaped, or never was"
+        return "no such process: it was reaped, or never existed"
     if code == errno.ECHILD:
         return "not a child of this process, or already reaped; aiopidfd.wait() can wait for it"
     if code == errno.EMFILE:
@@ -50,39 +54,39 @@ def _explain(code: int) -> str:
 
 
 def error(code: int, call: str) -> OSError:
-    """Make the OSError (of the right subclass) for `call` having failed with errno `code`."""
+    """Return the OSError (of the right subclass) for a failed `call` with errno `code`."""
     return OSError(code, f"{call}: {_explain(code)}")
 
 
 def signal_error(code: int, call: str) -> OSError:
-    """Make the OSError for `call`, which was to signal a process, having failed with errno `code`."""
+    """Return the OSError for a failed `call` with errno `code` that sends a signal."""
     if code == errno.EPERM:
         return OSError(code, f"{call}: {os.strerror(code)}: it runs as another user (or a seccomp filter refuses)")
     return error(code, call)
 
 
 def open_pidfd(pid: int) -> int:
-    """Return a new pidfd for `pid`, close-on-exec. ESRCH if it is gone. See pidfd_open(2)."""
+    """Return a new pidfd for `pid`, close-on-exec. ESRCH: there is no such process. See pidfd_open(2)."""
     fd = lib.ap_pidfd_open(pid)
     if fd < 0:
         raise error(-fd, f"pidfd_open(pid {pid})")
     return fd
 
 
-# Return the inode number of a pidfd, or of a process, which is its own and no other's (Linux 6.9); 0 if there is none.
+# Return the inode number of a pidfd, or of a pid, which no other process has (Linux 6.9). 0 if there is none.
 pidfd_inode: Final[Callable[[int], int]] = lib.ap_pidfd_inode
 pid_inode: Final[Callable[[int], int]] = lib.ap_pid_inode
 
 
 def send_signal(pidfd: int, signal: int, flags: int = 0) -> None:
-    """Signal the process behind `pidfd` and no other. ESRCH once it was reaped. See pidfd_send_signal(2)."""
+    """Send a signal to the process behind `pidfd`. ESRCH: it was reaped. See pidfd_send_signal(2)."""
     result = lib.ap_pidfd_send_signal(pidfd, signal, flags)
     if result < 0:
         raise signal_error(-result, f"pidfd_send_signal(signal {signal})")
 
 
 class Exit(NamedTuple):
-    """What a single waitid call has told: as the C side writes it."""
+    """The result of one waitid call: an `ap_exit` of the C side."""
 
     pid: int
     status: int
@@ -96,7 +100,7 @@ if RECORD.size != ffi.sizeof("ap_exit"):
 
 
 def wait_id(idtype: int, id_: int, options: int) -> Exit | None:
-    """Wait as waitid(2) does, with rusage; None if WNOHANG found nothing. ECHILD: no such child."""
+    """Call waitid(2) with rusage. Return None if WNOHANG found nothing. ECHILD: there is no such child."""
     ended = ffi.new("ap_exit *")
     result = lib.ap_waitid(idtype, id_, options, ended)
     if result < 0:
@@ -108,9 +112,9 @@ def wait_id(idtype: int, id_: int, options: int) -> Exit | None:
 
 
 def get_exit(pidfd: int) -> int | None:
-    """Return the wait status of a process that somebody has reaped; None if nobody has yet.
+    """Return the wait status of a process that was reaped by any process. None if it was not reaped yet.
 
-    ENOTTY, EINVAL, ESRCH: this kernel (before 6.11, 6.13, 6.15) does not tell.
+    ENOTTY, EINVAL, ESRCH: this kernel (before 6.11, 6.13, 6.15) does not report it.
     """
     status = ffi.new("int *")
     result = lib.ap_pidfd_get_exit(pidfd, status)
@@ -120,22 +124,23 @@ def get_exit(pidfd: int) -> int | None:
 
 
 def get_pid(pidfd: int) -> int | None:
-    """Return the pid that the process behind `pidfd` has in our PID namespace; 0 if it was reaped, has none, or is none.
+    """Return the pid of the process behind `pidfd` in our PID namespace.
 
-    By PIDFD_GET_INFO (Linux 6.13), else by a /proc of our namespace; None where there is neither.
+    0: the process was reaped, has no pid in our namespace, or `pidfd` is no pidfd. None: there is neither PIDFD_GET_INFO
+    (Linux 6.13) nor a /proc of our namespace.
     """
     pid = int(lib.ap_pidfd_get_pid(pidfd))
     if pid > 0:
         return pid
     if pid in (-errno.ESRCH, -errno.EREMOTE):
         return 0
-    return proc.read_pid(pidfd)  # ENOTTY, EINVAL: no pidfd, or an older kernel. ENOSYS, EPERM, EACCES: a filter
+    return proc.read_pid(pidfd)  # ENOTTY, EINVAL: no pidfd, or an older kernel. ENOSYS, EPERM, EACCES: a seccomp filter
 
 
 def can_recover_exit() -> bool:
-    """Return whether the status of a child that somebody else reaped can be had here, found out by trying.
+    """Try whether the kernel reports the status of a child that another waitpid() reaped. Return the answer.
 
-    OSError: clone(2) with CLONE_PIDFD, which it tries this with, is not to be had (ENOSYS: Linux before 5.2; or a filter).
+    OSError: clone(2) with CLONE_PIDFD, which the trial needs, is not available (ENOSYS: Linux before 5.2, or a filter).
     """
     result = lib.ap_probe_exit_info()
     if result < 0:
@@ -153,10 +158,10 @@ SPAWN_RESTORE_SIGNALS: Final = lib.AP_SPAWN_RESTORE_SIGNALS
 SPAWN_SETSID: Final = lib.AP_SPAWN_SETSID
 
 
-_join: Final = b"\0".join  # the last one's NUL is that which each `bytes` has at its end
+_join: Final = b"\0".join  # the last string has its NUL, too: each `bytes` object ends with one
 
 
-# Return a new `ap_birth`, of no program.
+# Return a new `ap_birth`, of a program that is not started.
 new_birth: Final[Callable[[], Any]] = partial(ffi.new, ffi.typeof("ap_birth *"))
 
 
@@ -174,12 +179,11 @@ def spawn(
     pgid: int,
     flags: int,
 ) -> tuple[int, int]:
-    """Start a program, note it in `birth`, and hold its pidfd in the reaper of that descriptor.
+    """Start a program, note it in `birth`, and add its pidfd to the reaper with the descriptor `reaper`.
 
-    The C contract, and what each argument means, is in cffi_build/spawn.h.
+    The C contract, with the meaning of each argument, is in cffi_build/spawn.h. No string may contain a NUL byte.
 
-    No string may hold a NUL byte. Returns 0 and STEP_PARENT. If that fails: the errno and the step (STEP_*) that failed;
-    then there is no child.
+    Returns 0 and STEP_PARENT, or the errno and the step (STEP_*) that failed. After a failure there is no child.
     """
     result = lib.ap_spawn(
         birth,
@@ -202,7 +206,7 @@ def spawn(
 
 
 def open_sigchld() -> int:
-    """Return the descriptor that our SIGCHLD handler wakes, one for the process. EMFILE, ENFILE: out of descriptors."""
+    """Return the descriptor that our SIGCHLD handler writes to. A process has one. EMFILE, ENFILE: out of descriptors."""
     fd = lib.ap_sigchld_open()
     if fd < 0:
         raise error(-fd, "eventfd()")
@@ -210,7 +214,7 @@ def open_sigchld() -> int:
 
 
 def simulate_sigchld(pid: int) -> None:
-    """Do what our SIGCHLD handler does when a signal names `pid` as ended: wake every loop that watches by SIGCHLD."""
+    """Do what our SIGCHLD handler does for an exit of `pid`: wake every loop that watches by SIGCHLD."""
     lib.ap_sigchld_add_name(pid)
 
 
@@ -220,9 +224,9 @@ INSTALL_RESUMED: Final = lib.AP_INSTALL_RESUMED
 
 
 def install_sigchld(*, resume: bool = True) -> int:
-    """Put our SIGCHLD handler in front of whoever is there now; return INSTALL_*.
+    """Install our SIGCHLD handler in front of the present one. Return INSTALL_*.
 
-    `resume`: also if it has paused itself, as sigchld.h says.
+    `resume`: install it also if it has paused itself (see sigchld.h).
     """
     result = lib.ap_sigchld_install(resume)
     if result < 0:
@@ -231,44 +235,43 @@ def install_sigchld(*, resume: bool = True) -> int:
 
 
 def restore_sigchld() -> bool:
-    """Put back who was there before our SIGCHLD handler; return False if somebody else has replaced it."""
+    """Restore the handler that was there before ours. Return False if other code has replaced ours."""
     return lib.ap_sigchld_restore() == 1
 
 
 def abandon_to_sigchld(pid: int) -> bool:
-    """Have our SIGCHLD handler reap `pid`; return False if it has too many already."""
+    """Have our SIGCHLD handler reap `pid`. Return False if it has too many children already."""
     return lib.ap_sigchld_abandon(pid) == 0
 
 
 def claim_abandoned(pid: int) -> bool:
-    """Take back `abandon_to_sigchld`; return whether there was anything to take back."""
+    """Undo `abandon_to_sigchld`. Return whether the handler had the child."""
     return lib.ap_sigchld_claim(pid) == 1
 
 
 def reap_abandoned() -> int:
-    """Reap those abandoned children that have ended; return how many are left."""
+    """Reap the abandoned children that have ended. Return how many are left."""
     return lib.ap_sigchld_reap_abandoned()
 
 
 def untrack_fd(fd: int) -> None:
-    """Have forked children not close their copy of `fd`: it was closed by somebody else."""
+    """Stop tracking `fd`, which other code has closed: forked children do not close their copy."""
     lib.ap_untrack_fd(fd)
 
 
 def close_tracked_fd(fd: int) -> None:
-    """Close a descriptor of which a forked child would close its copy: a reaper, a pidfd in it, a gate."""
+    """Close a tracked descriptor, such as a reaper, a pidfd or a start gate. Forked children close their copies."""
     lib.ap_close_tracked_fd(fd)
 
 
 def dup_tracked_fd(fd: int) -> int:
-    """Return a copy of a descriptor, to be closed by `close_tracked_fd`. EBADF; EMFILE: out of descriptors."""
+    """Return a tracked copy of a descriptor. EBADF; EMFILE: out of descriptors."""
     copy = os.dup(fd)
     lib.ap_track_fd(copy)
     return copy
 
 
-# In a forked child: close the copies of tracked descriptors, put SIGCHLD back, and make the fork lock new. Neither this nor
-# the next few are functions of Python's, whose pages a newly forked child would have to copy.
+# In a forked child: close the copies of tracked descriptors, restore SIGCHLD, and initialise the fork lock.
 after_fork_in_child: Final[Callable[[], None]] = lib.ap_after_fork_in_child
 
 
@@ -277,20 +280,21 @@ NOCLDWAIT: Final = " with SA_NOCLDWAIT"
 
 
 def describe_sigchld() -> str:
-    """Say what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or whose handler it is, and NOCLDWAIT if that is on.
+    """Return what SIGCHLD is set to: "SIG_DFL", "SIG_IGN", "ours", or the owner of the handler.
 
-    After "ours" there is BEHIND and what ours has replaced, unless that is a plain SIG_DFL.
+    NOCLDWAIT follows if it is set. After "ours" follow BEHIND and what our handler has replaced, unless that is SIG_DFL
+    without flags.
     """
     text = ffi.new("char[512]")
     lib.ap_sigchld_describe(text, 512)
     return ffi.string(text).decode(errors="replace")
 
 
-# Return a mask (bit n - 1 for signal n) of the signals that have a handler in this process, Python's or a C library's.
+# Return a mask (bit n - 1 for signal n) of the signals that have a handler, of Python or of a C library.
 caught_signals: Final[Callable[[], int]] = lib.ap_caught_signals
 # Return whether a signal is ignored: 1 or 0.
 is_ignored: Final[Callable[[int], int]] = lib.ap_is_ignored
-# Whose handler a signal has. The C contracts are in cffi_build/child.h.
+# Save, restore and recognise handlers of signals. The C contracts are in cffi_build/child.h.
 keep_handler: Final[Callable[[int], None]] = lib.ap_keep_handler
 put_back_handler: Final[Callable[[int], int]] = lib.ap_put_back_handler
 is_handler_of_loop: Final[Callable[[int], int]] = lib.ap_is_handler_of_loop
@@ -298,15 +302,15 @@ is_handler_of_loop: Final[Callable[[int], int]] = lib.ap_is_handler_of_loop
 ALL_SIGNALS: Final = (1 << 64) - 1
 
 
-# Block the signals in a mask (bit n - 1 for signal n), and no others, in this thread; return what it was. As
-# signal.pthread_sigmask, without its sets of enum members: in a new process they take longer than all the rest.
+# Set the signal mask of this thread (bit n - 1 for signal n), and return the previous one. signal.pthread_sigmask makes sets
+# of enum members: in a new process that takes longer than all the rest.
 set_signal_mask: Final[Callable[[int], int]] = lib.ap_set_signal_mask
 
 
 def set_pdeathsig(signal: int, gate: int) -> bool:
-    """Have `signal` sent to this process when the thread that forked it ends; return False if its process has died already.
+    """Have the kernel send `signal` when the thread that forked this process ends. Return False if the parent has ended.
 
-    `gate` is a socket whose other end only the parent holds. EINVAL: no such signal.
+    `gate` is a socket whose other end only the parent has. EINVAL: there is no such signal.
     """
     result = lib.ap_set_pdeathsig(signal, gate)
     if result < 0:
@@ -318,16 +322,16 @@ FORK_SIBLING: Final = lib.AP_FORK_SIBLING
 
 
 ChildMain = Callable[[int, int], object]
-"""What a forked child calls: with its end of its gate, and the signal mask that it is to have."""
+"""The function that a forked child calls, with its end of the start gate and the signal mask to set."""
 
 
 def new_child() -> Any:
-    """Return a new `ap_child`, of no child."""
+    """Return a new `ap_child`, of a child that is not forked."""
     return ffi.new("ap_child *", (0, -1, -1))
 
 
 def fork_child(struct: Any, reaper: int, number: int, child_main: ChildMain, fork: Callable[[], int] | None) -> None:
-    """Make a gate and fork, by `fork` or else by clone(2), as fork.h and clone.h say; what is made is in `struct`."""
+    """Make a start gate and fork, by `fork` or by clone(2). `struct` has the results. See fork.h and clone.h."""
     failures: list[BaseException] = []
     result = lib.ap_child_fork(struct, reaper, number, 0 if fork is None else id(fork), id(child_main), id(failures))
     if result > 0:
@@ -336,9 +340,9 @@ def fork_child(struct: Any, reaper: int, number: int, child_main: ChildMain, for
         raise error(-result, "socketpair()" if -result in OUT_OF_DESCRIPTORS else "clone(CLONE_PIDFD)")
 
 
-# Watch a child and let it out of its gate; return minus the errno if that cannot be done. Arguments: its struct, the reaper.
+# Watch a child and release it from its start gate. Arguments: its struct, the reaper. Return 0 or -errno.
 try_release: Final[Callable[[Any, int], int]] = lib.ap_child_release
-# Kill and reap a child that nobody watches, and close its gate. The same arguments.
+# Kill and reap a child that is not watched, and close its start gate. The same arguments.
 undo_child: Final[Callable[[Any, int], None]] = lib.ap_child_undo
 close_gate: Final[Callable[[Any], None]] = lib.ap_child_close_gate
 set_exit_code: Final[Callable[[int], None]] = lib.ap_set_exit_code
@@ -347,7 +351,7 @@ is_ready_fd: Final[Callable[[int], int]] = lib.ap_is_ready_fd
 
 
 def fork_sibling(child_main: ChildMain, mask: int) -> tuple[int, int]:
-    """Fork a child of our parent's by clone(2), return its pid and pidfd. The child calls child_main(-1, mask)."""
+    """Fork a sibling, a child of our parent, by clone(2). Return its pid and pidfd. It calls child_main(-1, mask)."""
     pid, pidfd = ffi.new("int *"), ffi.new("int *", -1)
     result = lib.ap_fork(FORK_SIBLING, id(child_main), -1, mask, pid, pidfd)
     if result < 0:
@@ -355,8 +359,7 @@ def fork_sibling(child_main: ChildMain, mask: int) -> tuple[int, int]:
     return pid[0], pidfd[0]
 
 
-# The C contracts are in cffi_build/epolls.h. Looked up here: what cffi makes at the first use of a function, each forked
-# child would make anew.
+# The C contracts are in cffi_build/epolls.h.
 is_expected_child: Final[Callable[[], int]] = lib.ap_is_expected_child
 occupy: Final[Callable[[int], None]] = lib.ap_occupy
 _detach_epolls: Final = lib.ap_detach_epolls
@@ -366,9 +369,9 @@ if lib.ap_hook_forks() < 0:
 
 
 def detach_epolls(probe: int) -> int:
-    """Replace every inherited epoll descriptor of this process by /dev/null; return how many there were.
+    """Replace all inherited epoll descriptors by /dev/null. Return how many there were.
 
-    One that a fork hook has made in this process stays. `probe` is a descriptor that can be polled and is in none of them.
+    Epolls that a fork hook has made in this process stay. `probe` is a descriptor that can be polled and is in no epoll.
     """
     count = _detach_epolls(probe)
     if count < 0:
@@ -377,6 +380,6 @@ def detach_epolls(probe: int) -> int:
 
 
 def detach_all_epolls(probe: int) -> int:
-    """Do so with every epoll descriptor that this process has, wherever it has it from."""
+    """Replace all epoll descriptors of this process by /dev/null, also those that it has made itself."""
     lib.ap_note_epolls(probe)
     return detach_epolls(probe)
