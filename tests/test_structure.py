@@ -22,6 +22,8 @@ TESTS = Path(__file__).resolve().parent
 
 # tests/ has a folder for each wing, and these.
 OTHER_TESTS = {"conformance", "helpers", "kernels", "mutations", "stress"}
+MAX_LINES = 400
+STILL_LONG = ("test_forkserver.py", "test_forkserver_life.py")  # to be split
 
 
 def find_modules(folder: Path) -> dict[str, Path]:
@@ -76,6 +78,13 @@ def find_offences(graph: dict[str, set[str]]) -> list[str]:
     return offences
 
 
+def find_long_files(folders: list[Path]) -> dict[str, int]:
+    """Return the source files with more lines than a file may have, and how many those are."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in {".py", ".c", ".h"}]
+    sizes = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    return {name: lines for name, lines in sizes.items() if lines > MAX_LINES}
+
+
 def test_imports_go_one_way() -> None:
     """CycleError names the modules of a circle."""
     order = list(TopologicalSorter(find_graph()).static_order())
@@ -114,6 +123,12 @@ def test_tests_have_no_folder_but_those_of_wings_and_a_few_others() -> None:
     assert folders == {wing.lstrip("_") for wing in WINGS} | OTHER_TESTS
 
 
+def test_no_file_has_over_400_lines() -> None:
+    # A test run against an installed package has no cffi_build/ and no bench/.
+    found = find_long_files([PACKAGE, TESTS, TESTS.parent / "cffi_build", TESTS.parent / "bench"])
+    assert {name: lines for name, lines in found.items() if not name.endswith(STILL_LONG)} == {}
+
+
 BROKEN = {
     "_kernel/low.py": "from .._watch import high\n",
     "_watch/high.py": "from .._kernel import low\n",
@@ -134,3 +149,5 @@ def test_broken_house_is_noticed(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="cycle"):
         list(TopologicalSorter(graph).static_order())
+    (tmp_path / "_fork/long.py").write_text("\n" * (MAX_LINES + 1), encoding="utf-8")
+    assert find_long_files([tmp_path]) == {str(tmp_path / "_fork/long.py"): MAX_LINES + 1}
