@@ -117,7 +117,7 @@ def test_percentiles_lie_between_the_samples() -> None:
     assert results.percentile([7.0], 99) == 7
 
 
-def test_report_tells_percentiles_ratios_and_who_wins() -> None:
+def test_report_has_percentiles_ratios_and_the_winner() -> None:
     text = report.write_report(_RUN)
     assert "| total, µs | 1,000 | C program | 4 | 11.5 | 80.6 | 107 | 110 | 1.00 |" in text
     assert "| **aiopidfd asyncio** | 182 (3x) | - |" in text

@@ -92,7 +92,7 @@ async def test_many_exits_of_others_cost_one_look(no_checks: None, monkeypatch: 
         assert (await task).returncode == 1  # its look overtakes that one
 
 
-async def test_exit_that_a_signal_has_named_is_told_at_once_though_no_look_is_due(no_checks: None) -> None:
+async def test_exit_that_a_signal_has_named_is_reported_at_once_though_no_scan_is_due(no_checks: None) -> None:
     """A foreign zombie stands before it, and there has been too much looking."""
     with held(2) as (foreign, ours):
         (task,) = await watch(ours)
@@ -152,7 +152,7 @@ async def test_look_that_finds_some_is_no_look_in_vain(no_checks: None) -> None:
         assert all(task.done() for task in tasks)
 
 
-async def test_children_that_a_handler_before_ours_has_reaped_are_told_of_at_once(no_checks: None, handlers: Any) -> None:
+async def test_children_that_a_handler_before_ours_has_reaped_are_reported_at_once(no_checks: None, handlers: Any) -> None:
     """It calls ours, which cannot know whom the signal has named."""
     with held(2) as (one, two):
         tasks = await watch(one, two)

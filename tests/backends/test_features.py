@@ -111,9 +111,7 @@ def test_process_at_its_descriptor_limit_gets_an_answer() -> None:
 
 
 @pytest.mark.parametrize(("code", "answer"), [(errno.ENOTTY, "ENOTTY"), (errno.EINVAL, "EINVAL"), (None, "no")])
-def test_older_kernel_says_why_a_stolen_status_is_lost(
-    monkeypatch: pytest.MonkeyPatch, code: int | None, answer: str
-) -> None:
+def test_older_kernel_says_why_a_status_is_lost(monkeypatch: pytest.MonkeyPatch, code: int | None, answer: str) -> None:
     monkeypatch.setattr(syscalls, "can_recover_exit", lambda: False)
     monkeypatch.setattr(syscalls, "get_exit", failing(code) if code else lambda pidfd: None)
     assert features().recover_exit == answer

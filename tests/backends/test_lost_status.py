@@ -22,39 +22,41 @@ from ..helpers.lost_status import (
     IGNORE,
     NOCLDWAIT,
     REAP_ALL,
-    CheckTold,
-    assert_told,
+    CheckReported,
+    assert_reported,
     drain,
-    end_stolen,
-    end_vanishing,
+    end_reaped_at_once,
+    end_reaped_by_other,
     lost_warnings,
+    other_reaper,
     quick_checks,
-    thief,
     watched,
 )
 
-__all__ = ["assert_told", "quick_checks", "thief"]  # fixtures
+__all__ = ["assert_reported", "other_reaper", "quick_checks"]  # fixtures
 
 CULPRITS = {IGNORE: "SIGCHLD is ignored", NOCLDWAIT: "SA_NOCLDWAIT"}
 
 
-async def test_thread_that_reaps_everything(assert_told: CheckTold) -> None:
+async def test_thread_that_reaps_everything(assert_reported: CheckReported) -> None:
     with one_held() as child:
         waiting = await watched(child.pid)
-        end_stolen(child, 42)
-        assert_told(await waiting, child.pid, 42, "another thread or library")
+        end_reaped_by_other(child, 42)
+        assert_reported(await waiting, child.pid, 42, "another thread or library")
 
 
-async def test_signal_that_killed_a_stolen_child_is_told(assert_told: CheckTold) -> None:
+async def test_signal_that_killed_a_child_that_others_reaped_is_reported(assert_reported: CheckReported) -> None:
     with one_held() as child:
         waiting = await watched(child.pid)
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
-        assert_told(await waiting, child.pid, -signal.SIGKILL, "another thread or library")
+        assert_reported(await waiting, child.pid, -signal.SIGKILL, "another thread or library")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_python_handler_that_reaps_everything(when: str, thief: ctypes.CDLL, assert_told: CheckTold) -> None:
+async def test_python_handler_that_reaps_everything(
+    when: str, other_reaper: ctypes.CDLL, assert_reported: CheckReported
+) -> None:
     reaped: list[int] = []
 
     def reap_everything(number: int, frame: Any) -> None:
@@ -68,28 +70,30 @@ async def test_python_handler_that_reaps_everything(when: str, thief: ctypes.CDL
         waiting = await watched(child.pid)
         if when == "after":
             signal.signal(signal.SIGCHLD, reap_everything)
-        end_vanishing(child, 7)
+        end_reaped_at_once(child, 7)
         assert reaped == [child.pid]
-        assert_told(await waiting, child.pid, 7, "the SIGCHLD handler <function test_python_handler")
+        assert_reported(await waiting, child.pid, 7, "the SIGCHLD handler <function test_python_handler")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_c_handler_that_reaps_everything(when: str, thief: ctypes.CDLL, backend: str, assert_told: CheckTold) -> None:
+async def test_c_handler_that_reaps_everything(
+    when: str, other_reaper: ctypes.CDLL, backend: str, assert_reported: CheckReported
+) -> None:
     with one_held() as child:
         if when == "before":
-            thief.thief_set_sigchld(REAP_ALL)
+            other_reaper.other_set_sigchld(REAP_ALL)
         waiting = await watched(child.pid)
         if when == "after":
-            thief.thief_set_sigchld(REAP_ALL)
-        end_vanishing(child, 8)
-        assert_told(await waiting, child.pid, 8, f"the SIGCHLD handler in {thief._name}")
+            other_reaper.other_set_sigchld(REAP_ALL)
+        end_reaped_at_once(child, 8)
+        assert_reported(await waiting, child.pid, 8, f"the SIGCHLD handler in {other_reaper._name}")
 
 
 @pytest.mark.parametrize("how", [IGNORE, NOCLDWAIT])
 async def test_kernel_that_reaps_since_before_the_child(
-    how: int, thief: ctypes.CDLL, backend: str, caplog: pytest.LogCaptureFixture, assert_told: CheckTold
+    how: int, other_reaper: ctypes.CDLL, backend: str, caplog: pytest.LogCaptureFixture, assert_reported: CheckReported
 ) -> None:
-    thief.thief_set_sigchld(how)
+    other_reaper.other_set_sigchld(how)
     with one_held() as child:
         waiting = await watched(child.pid)
         if backend == "sigchld":  # its handler has taken the place of what made the kernel reap, and it has said so
@@ -98,28 +102,30 @@ async def test_kernel_that_reaps_since_before_the_child(
             assert (status.returncode, status.source) == (9, "reaped")
             assert "other children of this process must be waited for" in caplog.text
         else:
-            end_vanishing(child, 9)
-            assert_told(await waiting, child.pid, 9, CULPRITS[how])
+            end_reaped_at_once(child, 9)
+            assert_reported(await waiting, child.pid, 9, CULPRITS[how])
 
 
 @pytest.mark.parametrize("how", [IGNORE, NOCLDWAIT])
-async def test_kernel_that_reaps_since_the_child_is_watched(how: int, thief: ctypes.CDLL, assert_told: CheckTold) -> None:
+async def test_kernel_that_reaps_since_the_child_is_watched(
+    how: int, other_reaper: ctypes.CDLL, assert_reported: CheckReported
+) -> None:
     with one_held() as child:
         waiting = await watched(child.pid)
-        thief.thief_set_sigchld(how)
-        end_vanishing(child, 10)
-        assert_told(await waiting, child.pid, 10, CULPRITS[how])
+        other_reaper.other_set_sigchld(how)
+        end_reaped_at_once(child, 10)
+        assert_reported(await waiting, child.pid, 10, CULPRITS[how])
 
 
-async def test_sigchld_ignored_from_python(thief: ctypes.CDLL, assert_told: CheckTold) -> None:
+async def test_sigchld_ignored_from_python(other_reaper: ctypes.CDLL, assert_reported: CheckReported) -> None:
     with one_held() as child:
         waiting = await watched(child.pid)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        end_vanishing(child, 11)
-        assert_told(await waiting, child.pid, 11, "SIGCHLD is ignored")
+        end_reaped_at_once(child, 11)
+        assert_reported(await waiting, child.pid, 11, "SIGCHLD is ignored")
 
 
-async def test_popen_that_polls_its_own_child(assert_told: CheckTold) -> None:
+async def test_popen_that_polls_its_own_child(assert_reported: CheckReported) -> None:
     process = subprocess.Popen(["/bin/sh", "-c", "read code; exit $code"], stdin=subprocess.PIPE)
     assert process.stdin is not None
     waiting = await watched(process.pid)
@@ -127,7 +133,7 @@ async def test_popen_that_polls_its_own_child(assert_told: CheckTold) -> None:
     process.stdin.close()
     await_zombie(process.pid)
     assert process.poll() == 12
-    assert_told(await waiting, process.pid, 12, "another thread or library")
+    assert_reported(await waiting, process.pid, 12, "another thread or library")
 
 
 def test_watchers_of_two_loops_in_two_threads(
@@ -160,7 +166,7 @@ def test_watchers_of_two_loops_in_two_threads(
         assert len(lost_warnings(caplog)) == 1
 
 
-async def test_every_kind_of_observer_is_told_of_a_stolen_exit_once(assert_told: CheckTold) -> None:
+async def test_every_kind_of_observer_is_notified_once_of_an_exit_that_others_reaped(assert_reported: CheckReported) -> None:
     calls: list[int] = []
     child = await afork(signal.pause, pdeathsig=signal.SIGKILL)
     PidfdWatcher().add_child_handler(child.pid, lambda pid, code: calls.append(code))
@@ -174,10 +180,10 @@ async def test_every_kind_of_observer_is_told_of_a_stolen_exit_once(assert_told:
     status = child.exit_status
     assert status is await waiting is await peeking
     assert status is not None
-    assert_told(status, child.pid, -signal.SIGTERM, "another thread or library")
+    assert_reported(status, child.pid, -signal.SIGTERM, "another thread or library")
 
 
-async def test_half_of_many_children_are_stolen(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_half_of_many_children_are_reaped_by_others(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     """More than one batch of them, in one round of the loop."""
     with held(150) as all_of_them:
         waiting = [await watched(child.pid) for child in all_of_them]

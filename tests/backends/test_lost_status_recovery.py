@@ -18,12 +18,12 @@ from aiopidfd._watch.registries import registry_of
 
 from ..conftest import BACKENDS, LoopFactory
 from ..helpers.children import Stranger, one_held, state_of, traced
-from ..helpers.lost_status import CheckTold, assert_told, drain, end_stolen, on_loop, quick_checks, watched
+from ..helpers.lost_status import CheckReported, assert_reported, drain, end_reaped_by_other, on_loop, quick_checks, watched
 from ..helpers.seccomp import compile_c, python_under_filter
 
-__all__ = ["assert_told", "quick_checks"]  # fixtures
+__all__ = ["assert_reported", "quick_checks"]  # fixtures
 
-_STOLEN = """
+_REAPED_BY_OTHER = """
 import asyncio, logging, os, sys
 import aiopidfd
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -70,12 +70,12 @@ loop.close()
 
 
 @pytest.mark.parametrize("answer", ["ENOTTY", "EINVAL", "ESRCH"])  # before Linux 6.11, 6.13, 6.15
-def test_older_kernel_loses_a_stolen_status_at_once_and_says_so(
+def test_older_kernel_loses_a_status_that_others_took_at_once_and_warns(
     answer: str, loop_factory: LoopFactory, backend: str
 ) -> None:
     if backend != "pidfd":
         pytest.skip("the filter is over a call on pidfds")
-    output = python_under_filter(f"pidfd_get_info={answer}", on_loop(_STOLEN, loop_factory))
+    output = python_under_filter(f"pidfd_get_info={answer}", on_loop(_REAPED_BY_OTHER, loop_factory))
     warning, told = output.splitlines()
     returncode, source, calls, pid = told.split()
     assert (returncode, source, calls) == ("255", "lost", "[255]")
@@ -109,7 +109,9 @@ def test_status_that_the_kernel_is_about_to_publish_is_asked_for_again(early: in
     assert status.value == (18 << 8 if result == 1 else -1)
 
 
-async def test_stranger_s_status_is_told_when_its_zombie_is_reaped(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stranger_s_status_is_reported_when_its_zombie_is_reaped(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if backend != "pidfd" or not can_recover_exit():
         pytest.skip("a stranger's status cannot be known here")
     monkeypatch.setattr(collector, "STRANGER_GRACE_S", 60.0)
@@ -126,18 +128,18 @@ async def test_stranger_s_status_is_told_when_its_zombie_is_reaped(backend: str,
     assert (status.returncode, status.source) == (11, "recovered")
 
 
-async def test_stolen_child_can_still_be_observed_until_it_is_told(assert_told: CheckTold) -> None:
+async def test_child_that_others_reaped_can_be_observed_until_it_is_reported(assert_reported: CheckReported) -> None:
     """Its number is nobody's yet."""
     told: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
     with one_held() as child:
         waiting = await watched(child.pid)
-        end_stolen(child, 5)
+        end_reaped_by_other(child, 5)
         registry_of(asyncio.get_running_loop()).observe(child.pid, told, told.set_result)
         assert await waiting is await told
-        assert_told(await told, child.pid, 5, "another thread or library")
+        assert_reported(await told, child.pid, 5, "another thread or library")
 
 
-async def test_traced_child_is_told_when_the_tracer_lets_go() -> None:
+async def test_traced_child_is_reported_when_the_tracer_ends() -> None:
     """Its pidfd is readable and there is nothing to reap: that neither blocks the loop nor keeps it busy."""
     with one_held() as child, traced(child.pid) as tracer:
         waiting = await watched(child.pid)

@@ -14,9 +14,9 @@ from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._watch.registries import registry_of
 
 from ..helpers.children import held, one_held
-from ..helpers.lost_status import drain, quick_checks, recycle, thief, watched
+from ..helpers.lost_status import drain, other_reaper, quick_checks, recycle, watched
 
-__all__ = ["quick_checks", "recycle", "thief"]  # fixtures
+__all__ = ["other_reaper", "quick_checks", "recycle"]  # fixtures
 
 
 async def test_signal_does_not_reach_the_next_process_of_that_number(
@@ -43,7 +43,7 @@ async def test_signal_does_not_reach_the_next_process_of_that_number(
 async def test_next_child_of_the_same_number_is_not_mistaken_for_the_last(
     spawned: bool, backend: str, recycle: Callable[[int], int]
 ) -> None:
-    """The first was stolen, and the loop has not heard of it when the second is watched."""
+    """Another waitpid() reaped the first, which is not reported yet when the second is watched."""
     if backend != "pidfd" or not can_recover_exit():
         pytest.skip("by pid the two cannot be told apart")
     registry = registry_of(asyncio.get_running_loop())

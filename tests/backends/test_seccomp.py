@@ -206,7 +206,7 @@ async def test_nonsense_in_the_environment_is_refused_by_wait(monkeypatch: pytes
     "rules",
     ["pidfd_open=EPERM", "waitid_pidfd=ENOSYS", "waitid_pidfd=EINVAL", NO_PIDFDS["EPERM"]],
 )
-def test_filter_that_comes_later_loses_no_child(rules: str) -> None:
+def test_filter_that_is_installed_later_loses_no_child(rules: str) -> None:
     """A process that sandboxes itself: children before the filter are on pidfds, those after it on SIGCHLD."""
     program = f"""
 async def main():

@@ -93,7 +93,7 @@ def test_python_handler_still_interrupts_system_calls(loop_factory: LoopFactory,
     os.close(write)
 
 
-async def test_python_handler_still_hears_of_children_that_stop() -> None:
+async def test_python_handler_is_still_called_for_children_that_stop() -> None:
     noted = Noted()
     signal.signal(signal.SIGCHLD, noted)
     with one_held() as child:

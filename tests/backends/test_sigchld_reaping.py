@@ -82,7 +82,7 @@ async def test_signal_to_a_child_that_somebody_else_has_reaped_is_not_sent(
     with one_held() as held_child:
         child = PosixChildProcess(held_child.pid)
         held_child.end(0)
-        os.waitpid(child.pid, 0)  # the thief; from now on the pid may be anybody's
+        os.waitpid(child.pid, 0)  # the other_reaper; from now on the pid may be anybody's
         with monkeypatch.context() as patched:
             patched.setattr(os, "kill", lambda *args: killed.append(args))
             child.terminate()
@@ -103,21 +103,21 @@ def reap_everything() -> int:
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-async def test_status_that_a_reaping_handler_steals_is_lost_at_once(no_checks: None, order: str) -> None:
+async def test_status_that_a_reaping_handler_takes_is_lost_at_once(no_checks: None, order: str) -> None:
     read, write = os.pipe()
 
-    def steal(number: int, frame: object) -> None:
+    def reap_first(number: int, frame: object) -> None:
         os.write(write, b"x" * reap_everything())
 
     with held(2) as (one, two):
         if order == "before":
-            signal.signal(signal.SIGCHLD, steal)
+            signal.signal(signal.SIGCHLD, reap_first)
         waiting = await watch_one(one)
         if order == "after":
-            signal.signal(signal.SIGCHLD, steal)
+            signal.signal(signal.SIGCHLD, reap_first)
             await watch_one(two)  # each registration puts ours back in front
         one.end(3)
-        assert os.read(read, 1) == b"x"  # stolen, before the loop has run
+        assert os.read(read, 1) == b"x"  # reaped, before the loop has run
         status = await asyncio.wait_for(waiting, 10)
         assert (status.returncode, status.source) == (255, "lost")
     os.close(read)

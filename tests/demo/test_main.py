@@ -116,7 +116,7 @@ def test_wrong_arguments_are_refused_with_usage(arguments: list[str], capsys: py
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
-def test_help_tells_the_exit_codes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_exit_codes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 0

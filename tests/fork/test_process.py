@@ -95,7 +95,7 @@ async def test_signal_after_somebody_else_reaped_reaches_no_stranger(caplog: pyt
     await child.wait()
 
 
-async def test_signal_goes_by_pid_where_a_filter_has_come_to_forbid_it_by_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_signal_goes_by_pid_where_a_later_filter_forbids_it_by_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise PermissionError(errno.EPERM, "refused")
 

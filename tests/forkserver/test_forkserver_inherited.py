@@ -277,7 +277,7 @@ def test_descriptors_are_found_without_proc(monkeypatch: pytest.MonkeyPatch) -> 
         assert inherited.list_descriptors() == sorted(found)
 
 
-def test_snapshot_tells_an_inherited_descriptor_from_another_with_its_number() -> None:
+def test_snapshot_distinguishes_an_inherited_descriptor_from_a_new_one_with_its_number() -> None:
     """Also where the inode numbers are the same, as those of all epoll descriptors are."""
     polls = [select.epoll() for _ in range(3)]
     snapshot = inherited.Snapshot()

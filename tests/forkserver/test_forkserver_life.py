@@ -327,7 +327,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-async def test_nobody_can_steal_the_workers_of_a_server_without_exit_signal(pidfds: None) -> None:
+async def test_nobody_else_can_reap_the_workers_of_a_server_without_exit_signal(pidfds: None) -> None:
     stolen: list[int] = []
     done = threading.Event()
 

@@ -179,7 +179,7 @@ def test_worker_whose_number_cannot_be_learnt_has_no_handle_and_ends() -> None:
     assert printed.endswith("nothing left\n")
 
 
-def test_pid_of_a_pidfd_is_told_by_proc_where_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pid_of_a_pidfd_is_read_from_proc_where_the_kernel_does_not_report_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if probe_pidfd() is not None:
         pytest.skip("pidfds are forbidden here")
     pidfd = syscalls.open_pidfd(os.getpid())

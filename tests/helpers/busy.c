@@ -44,7 +44,7 @@ long busy_fork(void)
             return -1;
         if (pid == 0)
             _exit(0);
-        (void)waitpid(pid, NULL, 0); /* ECHILD if a thief was faster */
+        (void)waitpid(pid, NULL, 0); /* ECHILD: another waitpid() was first */
     }
     return count;
 }

@@ -22,21 +22,21 @@ from ..conftest import LoopFactory, children
 from .children import Held, await_zombie
 from .seccomp import compile_c
 
-IGNORE, NOCLDWAIT, REAP_ALL = range(3)  # as in thief.c
+IGNORE, NOCLDWAIT, REAP_ALL = range(3)  # as in other_reaper.c
 
 # (status, pid, returncode, culprit)
-CheckTold = Callable[[ExitStatus, int, int, str], None]
+CheckReported = Callable[[ExitStatus, int, int, str], None]
 
 
 @pytest.fixture
-def thief() -> Iterator[ctypes.CDLL]:
-    """The functions of thief.c; what SIGCHLD was set to is put back afterwards."""
-    library = ctypes.CDLL(str(compile_c("thief.c", "-shared", "-fPIC", "-pthread")))
-    library.thief_save_sigchld()
+def other_reaper() -> Iterator[ctypes.CDLL]:
+    """The functions of other_reaper.c; what SIGCHLD was set to is put back afterwards."""
+    library = ctypes.CDLL(str(compile_c("other_reaper.c", "-shared", "-fPIC", "-pthread")))
+    library.other_save_sigchld()
     handler = signal.getsignal(signal.SIGCHLD)
     yield library
     signal.signal(signal.SIGCHLD, handler)
-    library.thief_restore_sigchld()
+    library.other_restore_sigchld()
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,8 @@ def lost_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.fixture
-def assert_told(backend: str, caplog: pytest.LogCaptureFixture) -> CheckTold:
-    """Asserts that a stolen exit was told as this kernel allows, and if it was lost, that one warning says to whom."""
+def assert_reported(backend: str, caplog: pytest.LogCaptureFixture) -> CheckReported:
+    """Assert that the exit was reported as this kernel allows, and if it was lost, that one warning names the cause."""
 
     def check(status: ExitStatus, pid: int, code: int, culprit: str) -> None:
         if backend == "pidfd" and can_recover_exit():
@@ -84,7 +84,7 @@ async def drain() -> None:
         await asyncio.sleep(0)
 
 
-def end_stolen(child: Held, code: int) -> None:
+def end_reaped_by_other(child: Held, code: int) -> None:
     """End the child, and return once a thread in waitpid(-1) has reaped it."""
     reaped: list[int] = []
     child.end(code)
@@ -94,7 +94,7 @@ def end_stolen(child: Held, code: int) -> None:
     assert reaped == [child.pid]
 
 
-def end_vanishing(child: Held, code: int) -> None:
+def end_reaped_at_once(child: Held, code: int) -> None:
     """End a child that somebody else reaps at once, and return when it is gone."""
     child.end(code)
     with contextlib.suppress(ChildProcessError):
@@ -112,7 +112,7 @@ def on_loop(program: str, loop_factory: LoopFactory) -> str:
 
 
 @pytest.fixture
-def recycle(thief: ctypes.CDLL) -> Iterator[Callable[[int], int]]:
+def recycle(other_reaper: ctypes.CDLL) -> Iterator[Callable[[int], int]]:
     """Makes a new child with the number of one that was reaped; returns what to write its exit code to."""
     pipes: list[int] = []
     pids: list[int] = []
@@ -120,7 +120,7 @@ def recycle(thief: ctypes.CDLL) -> Iterator[Callable[[int], int]]:
     def make(pid: int) -> int:
         read, write = os.pipe()
         pipes.append(write)
-        made = thief.thief_run_as(pid, read, b"read code; exit $code")
+        made = other_reaper.other_run_as(pid, read, b"read code; exit $code")
         os.close(read)
         if made in (-errno.EPERM, -errno.ENOSYS, -errno.EINVAL):
             pytest.skip(f"the number of a process cannot be chosen here: {os.strerror(-made)}")

@@ -1,4 +1,4 @@
-"""What else goes on in a process that has children: others steal statuses, replace SIGCHLD handlers, use up descriptors."""
+"""What other code does in a process with children: reap them, replace SIGCHLD handlers, use up descriptors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager
 
 from .seccomp import compile_c
 
-_IGNORE, _NOCLDWAIT, _REAP_ALL = range(3)  # of thief.c
+_IGNORE, _NOCLDWAIT, _REAP_ALL = range(3)  # of other_reaper.c
 _CHAINING, _NOT_CHAINING = 0, 2  # of handlers.c; one of each, since two that chain may come to call each other for ever
 
 Kinds = dict[str, Callable[[], AbstractAsyncContextManager[None]]]
@@ -31,20 +31,20 @@ class Mischief:
         self.done: Counter[str] = Counter()
         self._executor = ThreadPoolExecutor(1)
         self._ender = ender
-        self._thief = ctypes.CDLL(str(compile_c("thief.c", "-O1", "-shared", "-fPIC", "-pthread")))
+        self._other_reaper = ctypes.CDLL(str(compile_c("other_reaper.c", "-O1", "-shared", "-fPIC", "-pthread")))
         self._handlers = ctypes.CDLL(str(compile_c("handlers.c", "-O1", "-shared", "-fPIC", "-pthread")))
-        self._thefts = 0
-        self._thieves = 0
-        self._python_steals = False
-        # By how long each of them rests; a thief who never does would leave nothing to be told by SIGCHLD.
+        self._reaper_count = 0
+        self._reapers_now = 0
+        self._python_reaps = False
+        # How long each of them pauses at most. Without pauses, nothing would be left for the SIGCHLD backend to report.
         self._kinds: dict[float, Kinds] = {
             0.5: {"no descriptors": self._no_descriptors},
-            3.0: {"thief in a thread": self._thread},
+            3.0: {"waitpid() in a thread": self._thread},
             0.2: {
-                "thief in a C handler": lambda: self._stealing_by_signal(_REAP_ALL),
-                "SIGCHLD ignored": lambda: self._stealing_by_signal(_IGNORE),
-                "SA_NOCLDWAIT": lambda: self._stealing_by_signal(_NOCLDWAIT),
-                "thief in a Python handler": self._python_thief,
+                "waitpid() in a C handler": lambda: self._reaping_by_signal(_REAP_ALL),
+                "SIGCHLD ignored": lambda: self._reaping_by_signal(_IGNORE),
+                "SA_NOCLDWAIT": lambda: self._reaping_by_signal(_NOCLDWAIT),
+                "waitpid() in a Python handler": self._python_reaper,
                 "Python handler": self._python_handler,
                 "handler that chains": lambda: self._handler(_CHAINING),
                 "handler that does not": lambda: self._handler(_NOT_CHAINING),
@@ -53,12 +53,12 @@ class Mischief:
         }
 
     def mark(self) -> int:
-        """What to ask `may_have_stolen` with about a child that is made now."""
-        return -1 if self._thieves else self._thefts
+        """What to ask `may_be_reaped_by_others` with about a child that is made now."""
+        return -1 if self._reapers_now else self._reaper_count
 
-    def may_have_stolen(self, mark: int) -> bool:
-        """Return whether there was a thief at any time since the mark."""
-        return self._thieves > 0 or self._thefts != mark
+    def may_be_reaped_by_others(self, mark: int) -> bool:
+        """Return whether other code may have reaped a child at any time since the mark."""
+        return self._reapers_now > 0 or self._reaper_count != mark
 
     async def run(self, deadline: float) -> None:
         """Be up to something until then."""
@@ -82,32 +82,32 @@ class Mischief:
         self._handlers.set_default(0)
 
     @contextlib.contextmanager
-    def _theft(self) -> Iterator[None]:
-        self._thefts += 1
-        self._thieves += 1
+    def _reaper(self) -> Iterator[None]:
+        self._reaper_count += 1
+        self._reapers_now += 1
         try:
             yield
         finally:
-            self._thieves -= 1
+            self._reapers_now -= 1
 
     @contextlib.contextmanager
     def _handler_put_back(self) -> Iterator[None]:
         # Behind Python's back: its own table keeps its handler, for whoever has come to call it in a chain.
-        self._thief.thief_save_sigchld()
+        self._other_reaper.other_save_sigchld()
         try:
             yield
         finally:
-            self._thief.thief_restore_sigchld()
+            self._other_reaper.other_restore_sigchld()
 
     @contextlib.asynccontextmanager
     async def _thread(self) -> AsyncIterator[None]:
-        with self._theft():
-            if self._thief.thief_start() != 0:
+        with self._reaper():
+            if self._other_reaper.other_reaper_start() != 0:
                 raise RuntimeError("the hostile thread cannot be started")
             try:
                 yield
             finally:
-                stopping = asyncio.get_running_loop().run_in_executor(self._executor, self._thief.thief_stop)
+                stopping = asyncio.get_running_loop().run_in_executor(self._executor, self._other_reaper.other_reaper_stop)
                 while not stopping.done():  # it may wait for a child to end
                     self._give_it_one()
                     await asyncio.sleep(0.002)
@@ -118,20 +118,20 @@ class Mischief:
             os.waitpid(decoy, 0)
 
     @contextlib.asynccontextmanager
-    async def _stealing_by_signal(self, how: int) -> AsyncIterator[None]:
-        with self._theft(), self._handler_put_back():
-            self._thief.thief_set_sigchld(how)
+    async def _reaping_by_signal(self, how: int) -> AsyncIterator[None]:
+        with self._reaper(), self._handler_put_back():
+            self._other_reaper.other_set_sigchld(how)
             yield
 
     @contextlib.asynccontextmanager
-    async def _python_thief(self) -> AsyncIterator[None]:
-        with self._theft():
-            self._python_steals = True
+    async def _python_reaper(self) -> AsyncIterator[None]:
+        with self._reaper():
+            self._python_reaps = True
             try:
                 async with self._python_handler():
                     yield
             finally:
-                self._python_steals = False
+                self._python_reaps = False
 
     @contextlib.asynccontextmanager
     async def _python_handler(self) -> AsyncIterator[None]:
@@ -141,7 +141,7 @@ class Mischief:
 
     def _handle(self, *_: object) -> None:
         with contextlib.suppress(ChildProcessError):
-            while self._python_steals and os.waitpid(-1, os.WNOHANG)[0] > 0:
+            while self._python_reaps and os.waitpid(-1, os.WNOHANG)[0] > 0:
                 pass
 
     @contextlib.asynccontextmanager

@@ -46,7 +46,7 @@ def fork_without_hooks(reader: int) -> int:
     return pid
 
 
-def test_end_is_told_once_although_a_forked_process_holds_a_copy(reaper: Reaper) -> None:
+def test_exit_is_reported_once_although_a_forked_process_has_a_copy(reaper: Reaper) -> None:
     """Its interest outlives the close in the parent, out of reach; it must not fire, then or ever."""
     reader, writer = os.pipe()
     with one_held() as child:
@@ -147,7 +147,7 @@ def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reap
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_wake_descriptor_tells_each_time_even_after_it_was_modified(reaper: Reaper) -> None:
+def test_wake_descriptor_wakes_each_time_even_after_it_was_modified(reaper: Reaper) -> None:
     reader, writer = os.pipe()
     try:
         reaper.add_wake(reader)

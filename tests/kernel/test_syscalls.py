@@ -1,4 +1,4 @@
-"""What one child costs in system calls when nobody steals: counted by strace, exactly."""
+"""What one child costs in system calls when no other code reaps it: counted exactly, by strace."""
 
 from __future__ import annotations
 

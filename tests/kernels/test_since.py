@@ -99,7 +99,7 @@ def test_every_version_that_the_sources_name_is_claimed_here() -> None:
     assert {version: name for version, name in named.items() if version not in claimed} == {}
 
 
-async def test_stolen_status_is_recovered_since_6_15_and_reported_as_lost_before(caplog: pytest.LogCaptureFixture) -> None:
+async def test_status_that_others_took_is_recovered_since_6_15_and_lost_before(caplog: pytest.LogCaptureFixture) -> None:
     with held(20) as children:
         waits = [asyncio.ensure_future(wait(child.pid)) for child in children]
         await asyncio.sleep(0)

@@ -267,7 +267,7 @@ def test_loop_stays_plugged_until_the_last_watcher_has_left(plain_loop: asyncio.
     assert has_native_methods(plain_loop)
 
 
-def test_watcher_that_was_dropped_stays_plugged_whoever_comes_after(plain_loop: asyncio.AbstractEventLoop) -> None:
+def test_watcher_that_was_dropped_stays_plugged_beside_later_ones(plain_loop: asyncio.AbstractEventLoop) -> None:
     """Its id, which was what it was known by, is the next watcher's."""
     PidfdWatcher().attach_loop(plain_loop)
     for _ in range(5):

@@ -80,7 +80,7 @@ def test_all_names_are_those_that_type_checkers_read() -> None:
     assert written - {*aiopidfd.__all__} <= {"EventLoopPolicy", "UvloopEventLoop"}
 
 
-def test_python_without_policies_gets_a_sentence_that_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_policies_gets_an_error_that_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Python 3.16 is."""
 
     class Without:

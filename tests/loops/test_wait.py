@@ -21,7 +21,7 @@ from aiopidfd._kernel.syscalls import can_recover_exit
 from ..helpers.children import Stranger, held, one_held
 
 
-async def test_exit_status_tells_how_the_child_ended() -> None:
+async def test_exit_status_is_that_of_the_child() -> None:
     with one_held() as child:
         ended = asyncio.ensure_future(wait(child.pid))
         child.end(42)
@@ -52,7 +52,7 @@ def cores() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
 
 
-async def test_core_dump_is_told_as_waitpid_tells_it(cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_core_dump_is_reported_as_by_waitpid(cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a core is dumped depends on core_pattern, too; what a plain waitpid says here is the oracle."""
     monkeypatch.chdir(tmp_path)
     for number in (signal.SIGABRT, signal.SIGKILL):
@@ -167,7 +167,7 @@ async def test_reaped_process_is_refused() -> None:
             await wait(child.pid)
 
 
-async def test_stranger_is_waited_for_and_its_status_told_when_its_parent_reaps(backend: str) -> None:
+async def test_stranger_is_waited_for_and_its_status_reported_when_its_parent_reaps(backend: str) -> None:
     with Stranger() as stranger:
         waiting = asyncio.ensure_future(wait(stranger.pid))
         await asyncio.sleep(0)

@@ -91,7 +91,7 @@ async def test_handler_of_an_ended_child_cannot_be_removed() -> None:
         assert watcher.remove_child_handler(child.pid) is False
 
 
-async def test_every_observer_of_a_child_is_told_once() -> None:
+async def test_every_observer_of_a_child_is_notified_once() -> None:
     with one_held() as child:
         first, second = Calls(), Calls()
         PidfdWatcher().add_child_handler(child.pid, first)
@@ -167,7 +167,7 @@ async def test_callback_that_cannot_be_called_is_refused() -> None:
         PidfdWatcher().add_child_handler(child.pid, "no function")  # type: ignore[arg-type] # the point of the test
 
 
-async def test_repr_tells_the_state() -> None:
+async def test_repr_shows_the_state() -> None:
     watcher = PidfdWatcher()
     assert "active" in repr(watcher)
     watcher.close()

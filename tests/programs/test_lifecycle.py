@@ -164,7 +164,7 @@ async def test_interrupted_program_is_killed_at_once_and_reaped_by_the_loop(
         await asyncio.sleep(0)
     assert_reaped(pid)
     assert pidfds() == []
-    assert caplog.messages == []  # that we have reaped it ourselves is no theft
+    assert caplog.messages == []  # we have reaped it ourselves: nothing is lost
 
 
 async def test_interrupt_of_the_undoing_leaves_nothing_once_the_loop_is_closed(
@@ -211,7 +211,7 @@ async def test_real_signal_between_clone_and_popen_object(monkeypatch: pytest.Mo
 
 
 @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")
-async def test_interrupt_inside_popen_once_it_knows_the_pid(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_interrupt_inside_popen_once_it_has_the_pid(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: Any, *args: Any) -> None:
         monkeypatch.undo()
         interrupt()
@@ -259,14 +259,14 @@ async def test_program_that_was_reaped_by_others_and_cannot_be_watched_is_not_si
 ) -> None:
     """Its number may be anybody's."""
 
-    def steal(registry: Registry, program: Any, observer: Any) -> None:
+    def reap_first(registry: Registry, program: Any, observer: Any) -> None:
         os.waitpid(program.pid, 0)
         raise OSError(12, "no memory")
 
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(12, "no memory")
 
-    monkeypatch.setattr("aiopidfd._programs.transport.watch_program", steal)
+    monkeypatch.setattr("aiopidfd._programs.transport.watch_program", reap_first)
     monkeypatch.setattr(lifecycle, "watch_program", fail)
     with pytest.raises(OSError, match="no memory"):
         await asyncio.create_subprocess_exec("/bin/true", **keywords)

@@ -145,7 +145,7 @@ REPLACEMENTS: list[Any] = [
 
 
 @pytest.mark.parametrize("replace", REPLACEMENTS)
-async def test_what_stands_in_for_popen_sees_each_program(
+async def test_replaced_popen_starts_each_program(
     replace: Callable[[pytest.MonkeyPatch, Seen], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: Seen = []
@@ -163,7 +163,7 @@ async def test_what_stands_in_for_popen_sees_each_program(
     assert len(seen) == 2
 
 
-async def test_nothing_stands_in_for_popen_by_itself(backend: str) -> None:
+async def test_popen_is_unmodified_by_default(backend: str) -> None:
     assert is_popen_unmodified()
     process = await asyncio.create_subprocess_exec("/bin/true")
     popen = process._transport.get_extra_info("subprocess")  # type: ignore[attr-defined] # there is no public way
@@ -190,7 +190,7 @@ async def test_it_is_called_as_asyncio_calls_it() -> None:
     assert calls[0] == calls[1]
 
 
-async def test_error_of_what_stands_in_for_popen_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_error_of_a_replaced_popen_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     await (await asyncio.create_subprocess_exec("/bin/true")).wait()
     before = open_descriptors()
     with mock.patch("subprocess.Popen", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):

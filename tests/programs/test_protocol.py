@@ -33,7 +33,7 @@ from ..helpers.subprocesses import (
 pytestmark = pytest.mark.usefixtures("plug")
 
 
-async def test_protocol_is_told_everything_once_and_in_order() -> None:
+async def test_protocol_is_called_once_for_each_event_and_in_order() -> None:
     loop = asyncio.get_running_loop()
     transport, protocol = await loop.subprocess_shell(Recorder, "echo out; echo err >&2")
     assert transport.get_protocol() is protocol
@@ -43,7 +43,7 @@ async def test_protocol_is_told_everything_once_and_in_order() -> None:
     assert transport.get_protocol() is None  # as asyncio's
 
 
-async def test_protocol_that_raises_is_told_the_rest_and_the_loop_what_it_raised() -> None:
+async def test_protocol_that_raises_is_called_for_the_rest_and_the_loop_gets_the_exception() -> None:
     loop = asyncio.get_running_loop()
     contexts: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: contexts.append(context))
@@ -187,7 +187,7 @@ async def test_close_does_not_signal_a_process_that_somebody_else_has_reaped(mon
     assert transport.get_returncode() == popen.returncode == -signal.SIGKILL
 
 
-async def test_repr_tells_the_state() -> None:
+async def test_repr_shows_the_state() -> None:
     loop = asyncio.get_running_loop()
     transport, protocol = await loop.subprocess_exec(Recorder, "/bin/cat")
     assert f"pid={transport.get_pid()} running" in repr(transport)

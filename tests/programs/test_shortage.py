@@ -114,17 +114,17 @@ async def test_many_programs_at_once_without_a_descriptor_keep_their_returncodes
         assert [await program.wait() for program in programs] == list(range(50))
 
 
-async def test_returncode_that_a_thief_takes_without_a_descriptor_is_255(
+async def test_returncode_that_others_take_without_a_descriptor_is_255(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     observe = lifecycle.watch_program
 
-    def steal(registry: Any, program: Any, observer: Any) -> Any:
+    def reap_first(registry: Any, program: Any, observer: Any) -> Any:
         os.waitpid(program.pid, 0)
         return observe(registry, program, observer)
 
     await (await start("/bin/true")).wait()
-    monkeypatch.setattr(transport, "watch_program", steal)
+    monkeypatch.setattr(transport, "watch_program", reap_first)
     with few_descriptors(0):
         process = await start("/bin/true")
         assert await process.wait() == 255

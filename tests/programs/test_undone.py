@@ -92,7 +92,7 @@ async def test_pipe_that_cannot_be_connected_ends_the_process(
     after = {fd for fd, what in open_descriptors().items() if what.startswith("pipe") and before.get(fd) != what}
     assert not after
     assert_reaped(started[0])
-    assert caplog.messages == []  # that we have reaped it ourselves is no theft
+    assert caplog.messages == []  # we have reaped it ourselves: nothing is lost
 
 
 async def test_process_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch, started: list[int]) -> None:
@@ -195,14 +195,14 @@ async def test_shortage_of_descriptors_leaves_no_process_and_no_descriptor(
 
 
 @pytest.fixture
-def thief(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]], None]:
+def other_reaper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]], None]:
     """Has each process ended, and its status taken, before Popen returns it."""
     real = subprocess.Popen
 
-    def install(steal: Callable[[Any], object]) -> None:
+    def install(reap_first: Callable[[Any], object]) -> None:
         def popen(*args: Any, **keywords: Any) -> Any:
             process = real(*args, **keywords)
-            steal(process)
+            reap_first(process)
             return process
 
         monkeypatch.setattr(subprocess, "Popen", popen)
@@ -210,8 +210,10 @@ def thief(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]]
     return install
 
 
-async def test_status_stolen_before_we_hold_a_pidfd_is_255_at_once(thief: Any, caplog: pytest.LogCaptureFixture) -> None:
-    thief(lambda process: os.waitpid(process.pid, 0))
+async def test_status_taken_before_we_have_a_pidfd_is_255_at_once(
+    other_reaper: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    other_reaper(lambda process: os.waitpid(process.pid, 0))
     process = await asyncio.create_subprocess_shell("echo x; exit 3", stdout=PIPE, **BY_POPEN)
     assert await talk(process) == (b"x\n", None)
     assert process.returncode == 255
@@ -220,8 +222,8 @@ async def test_status_stolen_before_we_hold_a_pidfd_is_255_at_once(thief: Any, c
     assert "255" in caplog.messages[0]
 
 
-async def test_status_that_popen_itself_has_taken_is_not_lost(thief: Any, caplog: pytest.LogCaptureFixture) -> None:
-    thief(lambda process: process.wait())
+async def test_status_that_popen_itself_has_taken_is_not_lost(other_reaper: Any, caplog: pytest.LogCaptureFixture) -> None:
+    other_reaper(lambda process: process.wait())
     process = await asyncio.create_subprocess_shell("exit 3", **BY_POPEN)
     assert await process.wait() == 3
     assert caplog.messages == []

@@ -115,14 +115,14 @@ class Stress:
 def run(factory: LoopFactory, stress: Stress, seconds: float, children: int, *, hostile: bool) -> None:
     """Run on a new loop, beside a thread in waitpid(-1) if that is wanted."""
     loop = factory()
-    thief = ctypes.CDLL(str(compile_c("thief.c", "-O1", "-shared", "-fPIC", "-pthread"))) if hostile else None
-    if thief is not None and thief.thief_start() != 0:
+    other_reaper = ctypes.CDLL(str(compile_c("other_reaper.c", "-O1", "-shared", "-fPIC", "-pthread"))) if hostile else None
+    if other_reaper is not None and other_reaper.other_reaper_start() != 0:
         raise RuntimeError("the hostile thread cannot be started")
     try:
         loop.run_until_complete(stress.run(seconds, children))
     finally:
-        if thief is not None:
-            print(f"stolen {thief.thief_stop()}")
+        if other_reaper is not None:
+            print(f"taken {other_reaper.other_reaper_stop()}")
         loop.close()
 
 

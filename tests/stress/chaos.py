@@ -106,7 +106,7 @@ class Chaos:
             if source == "lost":
                 self.wrong += returncode != LOST_RETURNCODE
                 can_be_told = child.by_pidfd and self.recoverable
-                if can_be_told or not self.mischief.may_have_stolen(child.mark):
+                if can_be_told or not self.mischief.may_be_reaped_by_others(child.mark):
                     self.lost += 1
                 else:
                     self.untellable += 1

@@ -71,7 +71,7 @@ class Held:
             os.write(self.orders, bytes([ord("x"), code]))
         if kind == 3:  # two things at once
             self.may_be.add(-signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):  # a thief was quicker
+            with contextlib.suppress(ProcessLookupError):  # another waitpid() was first
                 os.kill(self.pid, signal.SIGKILL)
 
     def bury(self) -> None:

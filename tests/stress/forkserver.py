@@ -51,17 +51,17 @@ def thread(step: Callable[[], object]) -> Iterator[None]:
         runner.join()
 
 
-def steal() -> None:
+def reap_first() -> None:
     """Reap whatever child there is, as a library does that thinks that it is alone."""
     try:
         pid, _ = os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
         pid = 0
-    stolen[pid] += 1
+    reaped[pid] += 1
     time.sleep(0.0002)
 
 
-stolen: collections.Counter[int] = collections.Counter()
+reaped: collections.Counter[int] = collections.Counter()
 _log = logging.getLogger("stress")
 
 
@@ -88,17 +88,17 @@ async def make_workers(server: aiopidfd.ForkServer, count: int) -> collections.C
     return told
 
 
-async def suffer_thief(count: int, method: Any) -> bool:
+async def beside_other_reaper(count: int, method: Any) -> bool:
     """Somebody reaps all children that can be seen, and SIGCHLD is ignored half of the time."""
     async with aiopidfd.ForkServer(start_method=method, preload=[__name__]) as server:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        with thread(steal):
+        with thread(reap_first):
             told = await make_workers(server, count // 2)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             told += await make_workers(server, count - count // 2)
-    thefts = sum(stolen.values()) - stolen[0]
-    print(f"thief, {method}: {dict(told)}, {thefts} stolen in {sum(stolen.values())} attempts")
-    # A spawned server's workers have an exit signal, so the thief sees them; before Linux 6.15 a stolen status is lost.
+    taken = sum(reaped.values()) - reaped[0]
+    print(f"other reaper, {method}: {dict(told)}, {taken} reaped in {sum(reaped.values())} attempts")
+    # A spawned server's workers have an exit signal, so waitpid(-1) finds them; before Linux 6.15 their status is lost then.
     may_be_lost = told["lost"] if method == "spawn" and not can_recover_exit() else 0
     return told["right"] + may_be_lost == count
 
@@ -148,8 +148,8 @@ def main() -> int:
     factory: Any = aiopidfd.SelectorEventLoop if arguments.loop == "asyncio" else aiopidfd.UvloopEventLoop
     good = True
     for suffering in (
-        suffer_thief(arguments.workers, "fork"),
-        suffer_thief(arguments.workers // 10, "spawn"),
+        beside_other_reaper(arguments.workers, "fork"),
+        beside_other_reaper(arguments.workers // 10, "spawn"),
         suffer_threads(arguments.workers // 4, "fork"),
         suffer_threads(arguments.workers // 4, "spawn"),
         suffer_death(arguments.deaths),

@@ -13,7 +13,7 @@ from .test_stress import stress
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", LOOPS)
 def test_chaos_breaks_no_promise(kind: str, backend: str) -> None:
-    compile_c("thief.c", "-O1", "-shared", "-fPIC", "-pthread")  # skips where it cannot be
+    compile_c("other_reaper.c", "-O1", "-shared", "-fPIC", "-pthread")  # skips where it cannot be
     children = 0
     for seconds in ("4", "60"):  # a busy machine starts few
         if children < 50:

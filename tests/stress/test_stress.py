@@ -30,18 +30,18 @@ def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedP
 def figures(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
     """What it has counted."""
     lines = [line.split() for line in run.stdout.splitlines()]
-    return {words[0]: int(words[1]) for words in lines if words[0] in ("stolen", "children", "recovered", "lost", "wrong")}
+    return {words[0]: int(words[1]) for words in lines if words[0] in ("taken", "children", "recovered", "lost", "wrong")}
 
 
 @pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
-@pytest.mark.skipif(not can_recover_exit(), reason="this kernel does not tell the status of a stolen child")
+@pytest.mark.skipif(not can_recover_exit(), reason="this kernel does not tell the status of a child that others reaped")
 @pytest.mark.parametrize("kind", LOOPS)
 def test_nothing_is_lost_to_a_hostile_reaper(kind: str) -> None:
     run = stress("--seconds", "3", "--loop", kind, "--hostile")
     assert run.returncode == 0, run.stdout + run.stderr
     counted = figures(run)
     assert counted["lost"] == counted["wrong"] == 0
-    assert counted["stolen"] == counted["recovered"] > 0
+    assert counted["taken"] == counted["recovered"] > 0
     assert counted["children"] >= 64
 
 
@@ -78,6 +78,6 @@ def test_what_cannot_be_promised_is_refused(options: list[str]) -> None:
 
 @pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
 @pytest.mark.parametrize("kind", LOOPS)
-def test_fork_server_loses_nothing_to_thieves_threads_and_its_own_death(kind: str) -> None:
+def test_fork_server_loses_nothing_to_other_reapers_threads_and_its_own_death(kind: str) -> None:
     run = stress("--workers", "200", "--deaths", "2", "--loop", kind, module="tests.stress.forkserver")
     assert run.returncode == 0, run.stdout + run.stderr

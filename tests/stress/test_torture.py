@@ -36,7 +36,9 @@ def test_threads_that_start_programs_beside_threads_in_malloc_and_fork(kind: str
     torture("--programs", "100", "--loop", kind)
 
 
-@pytest.mark.skipif("pidfd" not in BACKENDS or not can_recover_exit(), reason="this kernel does not tell a stolen status")
+@pytest.mark.skipif(
+    "pidfd" not in BACKENDS or not can_recover_exit(), reason="this kernel does not report a status that others took"
+)
 @pytest.mark.parametrize("kind", LOOPS)
 def test_nothing_is_lost_to_a_hostile_reaper(kind: str) -> None:
     torture("--programs", "100", "--loop", kind, "--threads", "1", "--allocating", "0", "--forking", "0", "--hostile")

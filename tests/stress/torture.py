@@ -90,7 +90,7 @@ def _run_spawner(factory: LoopFactory, spawner: Spawner, failures: list[BaseExce
 def _busy(allocating: int, forking: int, *, hostile: bool) -> Iterator[None]:
     """Threads of C code around us; on the way out what they have done is printed."""
     library = ctypes.CDLL(str(compile_c("busy.c", "-O1", "-shared", "-fPIC", "-pthread")))
-    thief = ctypes.CDLL(str(compile_c("thief.c", "-O1", "-shared", "-fPIC", "-pthread"))) if hostile else None
+    other_reaper = ctypes.CDLL(str(compile_c("other_reaper.c", "-O1", "-shared", "-fPIC", "-pthread"))) if hostile else None
     library.busy_allocate.restype = library.busy_fork.restype = ctypes.c_long
     done: Counter[str] = Counter()
 
@@ -98,7 +98,7 @@ def _busy(allocating: int, forking: int, *, hostile: bool) -> Iterator[None]:
         done[name] += getattr(library, f"busy_{name}")()
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ["allocate"] * allocating + ["fork"] * forking]
-    if thief is not None and thief.thief_start() != 0:
+    if other_reaper is not None and other_reaper.other_reaper_start() != 0:
         raise RuntimeError("the hostile thread cannot be started")
     try:
         for thread in threads:
@@ -108,8 +108,8 @@ def _busy(allocating: int, forking: int, *, hostile: bool) -> Iterator[None]:
         library.busy_stop()
         for thread in threads:
             thread.join()
-        stolen = [] if thief is None else [f"{thief.thief_stop()} stolen"]
-        print(", ".join([*stolen, f"{done['allocate']} allocated, {done['fork']} forked"]))
+        taken = [] if other_reaper is None else [f"{other_reaper.other_reaper_stop()} taken"]
+        print(", ".join([*taken, f"{done['allocate']} allocated, {done['fork']} forked"]))
 
 
 def main() -> int:

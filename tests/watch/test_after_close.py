@@ -137,7 +137,7 @@ def test_signal_that_needs_a_descriptor_says_so(loop_factory: LoopFactory, backe
     await_end(child.pid)
 
 
-def test_without_pidfds_it_is_the_start_that_tells(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pidfds_the_start_time_decides(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int) -> int:
         raise syscalls.error(38, "pidfd_open")
 

@@ -253,7 +253,7 @@ def test_closed_loop_keeps_no_context(loop_factory: LoopFactory, piped: bool) ->
         del process
 
 
-async def test_context_costs_nothing_for_who_is_not_told() -> None:
+async def test_context_costs_nothing_without_a_callback() -> None:
     """Observers of ours have none: futures bring their own."""
     context = copy_context()
     with held(3) as children:

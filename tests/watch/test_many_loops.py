@@ -45,7 +45,7 @@ def test_many_loops_in_many_threads_watch_and_fork_at_once(loop_factory: LoopFac
     assert results == [[*range(20), *range(100, 105)]] * 4
 
 
-def test_thief_after_the_loop_is_closed_harms_nobody(loop_factory: LoopFactory) -> None:
+def test_reap_by_others_after_the_loop_was_closed_harms_nobody(loop_factory: LoopFactory) -> None:
     """The handler that we leave behind to reap the child finds it gone; the next loop works."""
 
     async def begin(pid: int) -> None:

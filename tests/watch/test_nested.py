@@ -145,7 +145,7 @@ def test_loop_that_is_run_in_an_exit_callback_goes_on(main: Any, backend: str) -
 
 @BOTH_BACKENDS
 @pytest.mark.parametrize("deep", [1, 3])
-def test_each_observer_of_a_batch_is_told_once_however_deep_the_loop_runs(deep: int, backend: str) -> None:
+def test_each_observer_of_a_batch_is_notified_once_however_deep_the_loop_runs(deep: int, backend: str) -> None:
     count = 100  # more than a batch
 
     async def outer() -> None:

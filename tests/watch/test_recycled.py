@@ -21,9 +21,9 @@ from aiopidfd._watch.registries import registry_of
 from tests.conftest import BACKENDS as AVAILABLE
 from tests.conftest import LoopFactory, run_on
 from tests.helpers.children import Held, one_held
-from tests.helpers.lost_status import drain, recycle, thief
+from tests.helpers.lost_status import drain, other_reaper, recycle
 
-__all__ = ["recycle", "thief"]  # fixtures
+__all__ = ["other_reaper", "recycle"]  # fixtures
 
 BACKENDS = ["pidfd"] if "pidfd" in AVAILABLE else []  # of the loop; of each child, its own
 
@@ -39,7 +39,7 @@ def distinguishable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 3600.0)
 
 
-def steal(child: Held, code: int) -> None:
+def reap_first(child: Held, code: int) -> None:
     """End the child and reap it, as somebody else would."""
     child.end(code)
     assert os.waitpid(child.pid, 0) == (child.pid, code << 8)
@@ -80,7 +80,7 @@ async def test_both_owners_of_a_number_are_reported(
     with one_held() as child:
         old = observe(child.pid, first, by)
         await drain()
-        steal(child, 5)
+        reap_first(child, 5)
         order = recycle(child.pid)
         new = observe(child.pid, second, then_by)
         assert await asyncio.wait_for(old, 10) == (5 if first == "pidfd" else 255)
@@ -96,7 +96,7 @@ async def test_both_owners_of_a_number_are_reported(
 async def test_handle_of_a_new_child_is_not_that_of_the_last(first: Choice, recycle: Recycle) -> None:
     with one_held() as child:
         old = PosixChildProcess(child.pid) if first == "sigchld" else PidfdChildProcess(child.pid, os.pidfd_open(child.pid))
-        steal(child, 5)
+        reap_first(child, 5)
         order = recycle(child.pid)
         new = watch_forked(child.pid, pgid=None)
         assert await asyncio.wait_for(old.wait(), 10) == (5 if first == "pidfd" else 255)
@@ -112,7 +112,7 @@ async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: L
     async def watch_elsewhere() -> None:
         old = observe(child.pid, "sigchld", "handler")
         watching.set()
-        is_recycled.wait(10)  # or that loop would notice the theft before
+        is_recycled.wait(10)  # or that loop would report the child before
         told.append(await asyncio.wait_for(old, 10))
         noticed.set()
         go_on.wait(10)
@@ -121,7 +121,7 @@ async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: L
         thread = threading.Thread(target=lambda: run_on(loop_factory, watch_elsewhere()))
         thread.start()
         watching.wait(10)
-        steal(child, 5)
+        reap_first(child, 5)
         order = recycle(child.pid)
         new = observe(child.pid, "pidfd", "spawned")
         is_recycled.set()
@@ -148,7 +148,7 @@ def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: 
         run_on(loop_factory, abandon())
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # or the handler would be first
         try:
-            steal(child, 5)
+            reap_first(child, 5)
             order = recycle(child.pid)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -158,7 +158,7 @@ def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: 
 async def test_signal_does_not_reach_the_next_child_of_that_number(recycle: Recycle, caplog: Any) -> None:
     with one_held() as child:
         handle = PosixChildProcess(child.pid)
-        steal(child, 5)
+        reap_first(child, 5)
         order = recycle(child.pid)
         handle.kill()
         assert f"signal 9 not sent: child process {child.pid} has ended" in caplog.messages

@@ -85,7 +85,7 @@ async def test_stranger_whose_main_thread_has_ended_is_alive(backend: str) -> No
         await end_and_reap(stranger, waiting, backend)
 
 
-async def test_zombie_of_somebody_else_is_told_of_though_it_was_one_before() -> None:
+async def test_zombie_of_another_process_is_reported_though_it_was_one_before() -> None:
     with Stranger() as stranger:
         stranger.tell("end")
         while not (read_state(stranger.pid) or ProcState(None, has_ended=True)).has_ended:
@@ -260,5 +260,5 @@ def test_children_and_strangers_are_waited_for_whatever_proc_shows(
     assert ended == ("11 recovered" if backend == "pidfd" and can_recover_exit() else "None not-child")
 
 
-def test_features_say_that_proc_is_plain() -> None:
+def test_features_say_that_proc_can_be_used() -> None:
     assert features().proc == "yes"

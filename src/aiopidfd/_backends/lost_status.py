@@ -3,7 +3,7 @@
 Facts that this rests on:
 
 * SIGCHLD ignored, or handled with SA_NOCLDWAIT: the kernel reaps a child as it ends. See sigaction(2).
-* libuv's handler (uvloop's) asks for its own children only, each by pid (uv__wait_children, libuv 1.x): it is no thief.
+* libuv's handler (uvloop's) asks for its own children only, each by pid (uv__wait_children, libuv 1.x): it is harmless.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Orphan:
     __slots__ = ("_identity",)
 
     def __init__(self, pid: int, pidfd: int) -> None:
-        """Remember who the child is: it has not been reaped, unless by a thief. `pidfd` is open still, or -1."""
+        """Remember who the child is: it has not been reaped, unless by another waitpid(). `pidfd` is open still, or -1."""
         self._identity: Identity = identify(pid, pidfd)
 
     def signal(self, pid: int, pgid: int, signal: int) -> str | None:

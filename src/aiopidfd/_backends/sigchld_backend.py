@@ -17,7 +17,7 @@ from .._kernel.reaper import ADD_CHECK_CHILD, ADD_PEEK, BATCH_SIZE, DOUBT_ALL, D
 from .backend import Backend, logger
 
 # How often the handler is checked, and every child asked for, while children are watched by it: what a replaced handler,
-# or a thief, can delay an exit by.
+# or another waitpid(), can delay an exit by.
 CHECK_INTERVAL_S = 1.0
 
 # Signals merge, so that after each there is doubt whether others have ended, too. To look for them costs the more the more

@@ -1,4 +1,4 @@
-/* Those who reap what is not theirs, at the speed of C: a shared object for the tests. */
+/* Other code that reaps the children of this process, fast: a shared object for the tests. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -20,8 +20,8 @@ enum { IGNORE = 0, NOCLDWAIT = 1, REAP_ALL = 2 };
 static struct sigaction saved;
 static pthread_t thread;
 static atomic_int stopping;
-static atomic_long stolen;
-static atomic_int handler_steals;
+static atomic_long reaped;
+static atomic_int handler_reaps;
 
 static void reap_all(int number)
 {
@@ -29,32 +29,32 @@ static void reap_all(int number)
 
     (void)number;
     /* Not once it was taken back: whoever was in front of it may still call it. */
-    while (atomic_load(&handler_steals) && waitpid(-1, NULL, WNOHANG) > 0)
+    while (atomic_load(&handler_reaps) && waitpid(-1, NULL, WNOHANG) > 0)
         ;
     errno = saved_errno;
 }
 
 /* Remember what SIGCHLD is set to. */
-void thief_save_sigchld(void);
-void thief_save_sigchld(void)
+void other_save_sigchld(void);
+void other_save_sigchld(void)
 {
     (void)sigaction(SIGCHLD, NULL, &saved);
 }
 
 /* Put that back. */
-void thief_restore_sigchld(void);
-void thief_restore_sigchld(void)
+void other_restore_sigchld(void);
+void other_restore_sigchld(void)
 {
-    atomic_store(&handler_steals, 0);
+    atomic_store(&handler_reaps, 0);
     (void)sigaction(SIGCHLD, &saved, NULL);
 }
 
-void thief_set_sigchld(int how);
-void thief_set_sigchld(int how)
+void other_set_sigchld(int how);
+void other_set_sigchld(int how)
 {
     struct sigaction action;
 
-    atomic_store(&handler_steals, how == REAP_ALL);
+    atomic_store(&handler_reaps, how == REAP_ALL);
     (void)memset(&action, 0, sizeof action);
     action.sa_handler = how == IGNORE ? SIG_IGN : how == NOCLDWAIT ? SIG_DFL : reap_all;
     action.sa_flags = how == NOCLDWAIT ? SA_NOCLDWAIT : SA_RESTART;
@@ -68,7 +68,7 @@ static void *reap_for_ever(void *unused)
     (void)unused;
     while (!atomic_load(&stopping)) {
         if (waitpid(-1, NULL, 0) > 0)
-            (void)atomic_fetch_add(&stolen, 1);
+            (void)atomic_fetch_add(&reaped, 1);
         else
             (void)nanosleep(&moment, NULL); /* ECHILD: there are no children at the moment */
     }
@@ -76,14 +76,14 @@ static void *reap_for_ever(void *unused)
 }
 
 /* Start a thread that reaps every child. Returns 0, or an errno. */
-int thief_start(void);
-int thief_start(void)
+int other_reaper_start(void);
+int other_reaper_start(void)
 {
     sigset_t all, old;
     int err;
 
     atomic_store(&stopping, 0);
-    atomic_store(&stolen, 0);
+    atomic_store(&reaped, 0);
     (void)sigfillset(&all); /* signals are for the threads that expect them */
     (void)pthread_sigmask(SIG_SETMASK, &all, &old);
     err = pthread_create(&thread, NULL, reap_for_ever, NULL);
@@ -92,18 +92,18 @@ int thief_start(void)
 }
 
 /* End it; the last child must have been made. Returns how many it has reaped. */
-long thief_stop(void);
-long thief_stop(void)
+long other_reaper_stop(void);
+long other_reaper_stop(void)
 {
     atomic_store(&stopping, 1);
     (void)pthread_join(thread, NULL);
-    return atomic_load(&stolen);
+    return atomic_load(&reaped);
 }
 
 /* Run a shell program, its standard input from `input`, in a new child with the number `pid`. Returns that, or -errno: EPERM,
  * we may not choose; EEXIST, the number is taken. Linux 5.5. See clone3(2). */
-int thief_run_as(int pid, int input, const char *program);
-int thief_run_as(int pid, int input, const char *program)
+int other_run_as(int pid, int input, const char *program);
+int other_run_as(int pid, int input, const char *program)
 {
     struct ap_clone_args args = {.exit_signal = SIGCHLD, .set_tid = (uintptr_t)&pid, .set_tid_size = 1};
     long child = syscall(SYS_clone3, &args, sizeof args);
