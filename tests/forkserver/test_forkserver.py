@@ -350,7 +350,7 @@ async def test_worker_is_forked_before_anybody_asks_for_it(pidfds: None) -> None
     async with ForkServer() as server:
         assert server._link is not None
         for code in range(3):
-            ahead = await server._link.stock().outcome
+            ahead = await server._link.prefork().outcome
             assert isinstance(ahead, PidfdChildProcess)
             worker = await server.afork(exit_with, code)
             assert worker is ahead
@@ -361,7 +361,7 @@ async def test_worker_is_not_disturbed_by_what_came_before_its_order(pidfds: Non
     """As a Ctrl-C at the terminal does, which goes to all of its processes."""
     async with ForkServer() as server:
         assert server._link is not None
-        ahead = await server._link.stock().outcome
+        ahead = await server._link.prefork().outcome
         assert isinstance(ahead, PidfdChildProcess)
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
             os.kill(ahead.pid, sig)
@@ -373,7 +373,7 @@ async def test_worker_is_not_disturbed_by_what_came_before_its_order(pidfds: Non
 async def test_worker_that_was_killed_before_its_order_is_replaced(pidfds: None) -> None:
     async with ForkServer() as server:
         assert server._link is not None
-        ahead = await server._link.stock().outcome
+        ahead = await server._link.prefork().outcome
         assert isinstance(ahead, PidfdChildProcess)
         os.kill(ahead.pid, signal.SIGKILL)
         await ahead.wait()
@@ -386,14 +386,14 @@ async def test_worker_that_is_being_killed_before_its_order_is_replaced(pidfds: 
     """Its gate is heard before its end is."""
     async with ForkServer() as server:
         assert server._link is not None
-        spare = server._link.stock()
+        spare = server._link.prefork()
         ahead = await spare.outcome
         assert isinstance(ahead, PidfdChildProcess)
         os.kill(ahead.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
         while not spare.ready.done():
             assert time.monotonic() < deadline
-            spare.read()
+            spare.on_readable()
         assert ahead.returncode is None
         worker = await server.afork(exit_with, 7)
         assert worker is not ahead
@@ -455,7 +455,7 @@ async def test_timeout_around_afork() -> None:
 
 
 async def test_cancellation_while_the_server_is_stopped_does_not_hang(pidfds: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request, "REPLY_S", 0.05)
+    monkeypatch.setattr(request, "REPLY_TIMEOUT_S", 0.05)
     async with ForkServer() as server:
         before = await others(server)
         assert server.pid is not None

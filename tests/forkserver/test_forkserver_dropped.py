@@ -48,7 +48,7 @@ async def start(keep):
         worker = await server.afork(wait_for_leash, pass_fds=LEASH)
         worker.detach()
     if workers != "at once":  # the worker without an order is there
-        await server._link.stock().outcome
+        await server._link.prefork().outcome
     keep.append(server)
 
 def end_workers():

@@ -83,7 +83,7 @@ async def test_worker_whose_server_died_before_it_could_reply_is_found(
     """The reply is lost, the worker is there: it says so by its gate."""
     async with ForkServer() as server:
         assert server._link is not None
-        wire = server._link._wire
+        control = server._link._control
         replies: list[object] = []
 
         def swallow(*args: Any) -> Any:
@@ -102,7 +102,7 @@ async def test_worker_whose_server_died_before_it_could_reply_is_found(
         manual = asyncio.ensure_future(server.afork(ignore_sigterm, ready="manual"))
         while len(replies) < 3:  # the third is of a worker without an order
             await asyncio.sleep(0.01)
-        assert wire.fileno() >= 0
+        assert control.fileno() >= 0
         assert not starting.done()
         await kill_server(server)
         assert await (await starting).wait() == 11
@@ -156,8 +156,8 @@ async def test_server_without_room_for_descriptors_says_so(pidfds: None) -> None
             await server.afork(exit_with, 0)
         assert caught.value.errno == errno.EMFILE
         assert server._link is not None
-        if server._link.spare is not None:  # asked for while there was no room; what comes of it is not for the next one
-            await asyncio.wait([server._link.spare.outcome])
+        if server._link.idle is not None:  # asked for while there was no room; what comes of it is not for the next one
+            await asyncio.wait([server._link.idle.outcome])
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
         assert await (await server.afork(exit_with, 2)).wait() == 2
 

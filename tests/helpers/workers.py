@@ -116,10 +116,10 @@ async def fork_server(**options: Any) -> AsyncIterator[ForkServer]:
 
 async def others(server: ForkServer) -> set[int]:
     """The children of this process, without the worker that waits for an order."""
-    spare = None if server._link is None else server._link.spare
-    if spare is None:
+    idle = None if server._link is None else server._link.idle
+    if idle is None:
         return children()
-    worker = await asyncio.shield(spare.outcome)
+    worker = await asyncio.shield(idle.outcome)
     assert isinstance(worker, AbstractChildProcess)
     return children() - {worker.pid}
 

@@ -63,7 +63,7 @@ def main_module(preload: Sequence[str]) -> dict[str, str]:
 async def launch(
     loop: asyncio.AbstractEventLoop, method: StartMethod, preload: Sequence[str], *, stacklevel: int
 ) -> tuple[AbstractChildProcess, socket.socket, ForkServerFeatures]:
-    """Make the server process. Return its handle, our end of the wire, and how it was made.
+    """Make the server process. Return its handle, our end of the control socket, and how it was made.
 
     Raises OSError: as fork(2), clone(2) or posix_spawn(3).
     """
@@ -104,7 +104,7 @@ def _choose_fork() -> ForkServerFeatures:
 
 async def _fork_server(
     loop: asyncio.AbstractEventLoop,
-    wire: socket.socket,
+    control: socket.socket,
     preload: Sequence[str],
     features: ForkServerFeatures,
     *,
@@ -134,20 +134,20 @@ async def _fork_server(
     def serve_here() -> None:
         if isinstance(inherited, BaseException):
             raise inherited
-        replace_inherited(inherited, wire.fileno())
-        serve(wire, [name for name in preload if name != "__main__"])
+        replace_inherited(inherited, control.fileno())
+        serve(control, [name for name in preload if name != "__main__"])
 
     if features.made_by == "os.fork":
         afork.warn_of_threads(stacklevel)
     return await afork.start_child(loop, serve_here, Options(), fork)
 
 
-def _spawn(wire: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:
+def _spawn(control: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:
     """Start a fresh interpreter without copying this process, whose size does not matter then."""
     if not sys.executable:
         raise RuntimeError("start_method='spawn' needs sys.executable, the path of the interpreter, and it is not known")
     # As multiprocessing does. A number that the copy does not have: the same one would keep its close-on-exec flag.
-    number = wire.fileno() + 1
+    number = control.fileno() + 1
     modules = [name for name in preload if name != "__main__"]
     paths = [path for path in sys.path if isinstance(path, str)]
     program = (
@@ -159,6 +159,6 @@ def _spawn(wire: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:
         sys.executable,
         [sys.executable, *flags, "-c", program],
         os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, wire.fileno(), number)],
+        file_actions=[(os.POSIX_SPAWN_DUP2, control.fileno(), number)],
     )
     return watch_forked(pid, pgid=None, check=True)

@@ -13,7 +13,7 @@ from .._backends.sigchld_backend import settle_abandoned
 from .._fork import afork
 from .._fork.handle import AbstractChildProcess
 from .._watch.loop_link import LoopLink
-from .end import LastResort
+from .kill_switch import KillSwitch
 from .process import REPLY
 from .request import Request
 
@@ -27,54 +27,54 @@ _READ_SIZE = 65536
 class Link:
     """The parent's end of the wire to one fork server."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, wire: socket.socket, server: AbstractChildProcess) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, server: AbstractChildProcess) -> None:
         """Take over `wire`, a connected socket."""
         self._loop = loop
-        self._wire = wire
+        self._control = control
         self._unsent: deque[Request] = deque()
         self._in_flight: dict[int, Request] = {}
         self._number = 0
-        self._at_end = False
-        self.spare: Request | None = None
+        self._is_eof = False
+        self.idle: Request | None = None
         self.closing = False
-        self.lost: OSError | None = None
-        self.is_orphaned = False  # lost since the loop was closed, or is gone
+        self.error: OSError | None = None
+        self.is_loop_closed = False  # lost since the loop was closed, or is gone
         self._registry = server._registry
-        self._last_resort = LastResort(server)
-        self.greeting: asyncio.Future[str | OSError] = loop.create_future()  # what the server tells at its start
-        wire.setblocking(False)
-        self._loop_link = LoopLink(weakref.ref(loop), wire.fileno(), self._read, self._lose_loop)
+        self._kill_switch = KillSwitch(server)
+        self.handshake: asyncio.Future[str | OSError] = loop.create_future()  # what the server tells at its start
+        control.setblocking(False)
+        self._loop_link = LoopLink(weakref.ref(loop), control.fileno(), self._read, self._on_loop_closed)
 
-    def take(self) -> Request:
+    def pop_idle(self) -> Request:
         """Return a request that waits for its order: one whose worker is there already, if it can be."""
         self._check_open()
-        spare, self.spare = self.spare, None
-        if spare is not None:
-            if not spare.is_spoiled:
-                return spare
-            spare.close()
-        spare = Request(self._loop)
-        self.submit(spare)
-        return spare
+        idle, self.idle = self.idle, None
+        if idle is not None:
+            if not idle.is_unusable:
+                return idle
+            idle.close()
+        idle = Request(self._loop)
+        self.submit(idle)
+        return idle
 
-    def stock(self) -> Request:
+    def prefork(self) -> Request:
         """Have a worker forked for whoever comes next, while those that have come start theirs."""
-        if self.spare is None:
-            self.spare = Request(self._loop)
-            self.submit(self.spare)
-        return self.spare
+        if self.idle is None:
+            self.idle = Request(self._loop)
+            self.submit(self.idle)
+        return self.idle
 
-    def _dismiss_spare(self) -> None:
-        if self.spare is not None:
-            self.spare.dismiss()
-            self.spare.close()
+    def _cancel_idle(self) -> None:
+        if self.idle is not None:
+            self.idle.cancel()
+            self.idle.close()
 
-    async def drop_spare(self) -> None:
+    async def kill_and_reap_idle(self) -> None:
         """End the worker that nobody has ordered anything of, and reap it."""
-        spare, self.spare = self.spare, None
-        if spare is not None:
-            await spare.abandon()
-            spare.close()
+        idle, self.idle = self.idle, None
+        if idle is not None:
+            await idle.kill_and_reap()
+            idle.close()
 
     def submit(self, request: Request) -> None:
         """Send the request as soon as there is room. Its `outcome` tells how it went."""
@@ -83,18 +83,18 @@ class Link:
         self._send()
 
     def _check_open(self) -> None:
-        if self.lost is not None:
-            raise self.lost
+        if self.error is not None:
+            raise self.error
         if self.closing:
             raise OSError(errno.ESHUTDOWN, "the fork server is being closed")
 
     def _send(self) -> None:
-        while self._unsent and len(self._in_flight) < WINDOW and not self._at_end:
+        while self._unsent and len(self._in_flight) < WINDOW and not self._is_eof:
             request = self._unsent[0]
             if not request.outcome.done():
                 number = self._number + 1
                 try:
-                    request.send(self._wire, number)
+                    request.send(self._control, number)
                 except BlockingIOError:
                     return  # replies make room, and send more
                 except ConnectionError:
@@ -102,7 +102,7 @@ class Link:
                 except OSError as exc:
                     if exc.errno == errno.ETOOMANYREFS and self._in_flight:
                         return  # too many descriptors on their way: as BlockingIOError
-                    request.settle(exc)
+                    request.set_outcome(exc)
                 else:
                     self._number = number
                     self._in_flight[number] = request
@@ -115,18 +115,18 @@ class Link:
 
     def _read_one(self) -> bool:
         """Take one reply; return False if there is none."""
-        if self._at_end:
+        if self._is_eof:
             return False
         try:
-            reply, fds, _, _ = socket.recv_fds(self._wire, _READ_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
+            reply, fds, _, _ = socket.recv_fds(self._control, _READ_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return False
         except ConnectionError:
             # ECONNRESET: the server has died with requests unread. It is told once, and before what the server has written.
             return True
         if not reply:
-            self._at_end = True
-            self._loop.remove_reader(self._wire.fileno())
+            self._is_eof = True
+            self._loop.remove_reader(self._control.fileno())
             self._close_wire()
             return False
         number, pid, code = REPLY.unpack(reply[: REPLY.size])
@@ -134,68 +134,68 @@ class Link:
         # the pid must do, which the worker keeps as long as it stands at its gate.
         pidfd = fds[0] if fds else -1
         if number:
-            self._in_flight.pop(number).bind(pid, pidfd, code)
+            self._in_flight.pop(number).on_reply(pid, pidfd, code)
         else:
-            self.greeting.set_result(reply[REPLY.size :].decode(errors="replace"))
+            self.handshake.set_result(reply[REPLY.size :].decode(errors="replace"))
         return True
 
-    def finish(self) -> None:
+    def close_sending(self) -> None:
         """Send no more requests: the server ends when it has done what it has got."""
         self.closing = True
-        self._dismiss_spare()
+        self._cancel_idle()
         while self._unsent:
-            self._unsent.popleft().settle(OSError(errno.ESHUTDOWN, "the fork server is being closed"))
+            self._unsent.popleft().set_outcome(OSError(errno.ESHUTDOWN, "the fork server is being closed"))
         with contextlib.suppress(OSError):  # ENOTCONN: it has ended already
-            self._wire.shutdown(socket.SHUT_WR)
+            self._control.shutdown(socket.SHUT_WR)
 
     def drop(self) -> None:
         """End the server, in any thread: nobody can ask for a worker any more."""
-        if self.lost is not None:
+        if self.error is not None:
             return
         if self._loop.is_running():
-            self._loop_link.call(self.finish)
+            self._loop_link.call(self.close_sending)
         else:  # it may never run again
-            self._end_now()
+            self._kill_now()
             self._registry.collect()
 
-    def _lose_loop(self) -> None:
+    def _on_loop_closed(self) -> None:
         """Leave nothing behind: the loop is closed, or gone, and nobody will hear of the server or its workers any more."""
-        if self.lost is None and not self._at_end:
-            self.is_orphaned = True
-            self._end_now()
+        if self.error is None and not self._is_eof:
+            self.is_loop_closed = True
+            self._kill_now()
             settle_abandoned()  # of which the registry has made those processes, unless it does so only now
 
-    def _end_now(self) -> None:
+    def _kill_now(self) -> None:
         """Kill the server and the worker without an order, and return when they are zombies."""
-        self.closing = self._at_end = True
-        self.lost = OSError(errno.ESHUTDOWN, "the fork server was dropped, or its loop closed")
-        if not self.is_orphaned:
-            self._loop.remove_reader(self._wire.fileno())
+        self.closing = self._is_eof = True
+        self.error = OSError(errno.ESHUTDOWN, "the fork server was dropped, or its loop closed")
+        if not self.is_loop_closed:
+            self._loop.remove_reader(self._control.fileno())
         self._close_wire()
-        for request in {*self._in_flight.values(), *([self.spare] if self.spare else [])}:
-            request.end_now(is_orphaned=self.is_orphaned)
-        self._last_resort.end()
+        for request in {*self._in_flight.values(), *([self.idle] if self.idle else [])}:
+            request.kill_now(is_loop_closed=self.is_loop_closed)
+        self._kill_switch.kill()
 
     def _close_wire(self) -> None:
-        afork.unregister_parent_socket(self._wire)
-        self._wire.close()
+        afork.unregister_parent_socket(self._control)
+        self._control.close()
 
-    def lose(self, reason: OSError) -> None:
+    def on_server_exit(self, reason: OSError) -> None:
         """Know that the server has ended. Requests that it has not done fail; workers that it has made are found."""
-        if self.lost is not None:
+        if self.error is not None:
             return
         while self._read_one():
             pass
-        self.lost = reason
-        self._last_resort.close()
-        if not self._at_end:
-            self._at_end = True
-            self._loop.remove_reader(self._wire.fileno())
+        self.error = reason
+        self._kill_switch.close()
+        if not self._is_eof:
+            self._is_eof = True
+            self._loop.remove_reader(self._control.fileno())
             self._close_wire()
-        if not self.greeting.done():
-            self.greeting.set_result(reason)
+        if not self.handshake.done():
+            self.handshake.set_result(reason)
         for request in (*self._in_flight.values(), *self._unsent):
-            request.lose_server(reason)
-        self._dismiss_spare()
+            request.on_server_exit(reason)
+        self._cancel_idle()
         self._in_flight.clear()
         self._unsent.clear()

@@ -1,19 +1,22 @@
-"""The fork server's own process: it forks a worker for each request, and does nothing else.
+"""The process of the fork server. It forks a worker for each request, and does nothing else.
 
-Two sockets, neither of which has a name:
+It has two kinds of sockets. None of them has a name.
 
-* The wire, a SOCK_SEQPACKET pair. A request is a number, and the descriptors that the worker gets: its gate first. A reply
-  is that number, the worker's pid, an errno or 0, and the pidfd. Number 0 is the reply to nothing: the server is there,
-  or a traceback of why it is not.
-* The gate, a stream pair for each worker, which does not pass through the server: what to run goes in there, however big it
-  is, and then GO when the parent holds the pidfd. Out comes STARTED when all is unpickled, READY, or FAILED and why. The
-  worker waits for GO before it runs anything that may end it. The kernel tells the parent who speaks (SCM_CREDENTIALS), so
-  that it finds the worker even if the server dies before it can reply.
+* The control socket is a SOCK_SEQPACKET pair between the parent and the server. A request is a number, with the descriptors
+  for the worker. The first of them is the worker's end of its own socket. A reply is the same number, the worker's pid, an
+  errno or 0, and the pidfd. A reply with the number 0 answers no request. It says that the server has started, or has the
+  traceback of why it has not.
+* Each worker has a stream socket pair with the parent. It is the worker's start gate, and its data does not pass through the
+  server. The parent sends the task (what the worker runs), however big it is, and RELEASE as soon as it holds the pidfd. The
+  worker sends STARTED when it has unpickled the task, READY when it is ready, or FAILED with a traceback. Before RELEASE it
+  runs nothing that can end it. The kernel adds the sender's pid to each message (SCM_CREDENTIALS). So the parent finds the
+  worker even if the server dies before it replies.
 
-Server and workers may be in another PID namespace than their parent, if that has called unshare(CLONE_NEWPID) or setns. The
-numbers that they see are not those that it sees: they are told only by a server that sees its parent, and so is in the same.
+Server and workers are in another PID namespace than the parent if the parent has called unshare(CLONE_NEWPID) or setns(2).
+Then the pids that the server sees are not the pids that the parent sees. The server sends a pid only if it can see its
+parent, which shows that both are in the same namespace.
 
-The server has one thread, and all signals blocked: it ends when its parent does, which it sees by the end of the wire.
+The server has one thread, and blocks all signals. It exits when its parent exits, which closes the control socket.
 """
 
 from __future__ import annotations
@@ -35,16 +38,16 @@ from .._fork import afork, child, child_exit
 from .._fork.child import Options
 from .._fork.child_signals import reset_signals
 from .._kernel import inherited, syscalls, threads
+from .._watch.start_gate import RELEASE
 
 REQUEST: Final = struct.Struct("=Q")  # number
 REPLY: Final = struct.Struct("=Qii")  # number, pid or 0, errno
 # Readiness is manual, new session, process group or -1, pdeathsig or 0, how many numbers of pass_fds follow, and the size of
 # the pickle of (function, args) after them. No pickle itself: each page that a worker touches is copied for it.
-ORDER: Final = struct.Struct("=??qiiQ")
+TASK: Final = struct.Struct("=??qiiQ")
 
 STARTED: Final = b"s"
 FAILED: Final = b"f"
-GO: Final = b"g"
 FAILURE: Final = struct.Struct("=I")  # follows FAILED: the size of the text that comes next
 
 MAX_FDS: Final = 253  # SCM_MAX_FD of the kernel: in one message
@@ -54,30 +57,30 @@ _MAX_TEXT: Final = 60_000  # fits into a socket's buffer
 class Server(NamedTuple):
     """What a worker is to know of the server that it comes from."""
 
-    wire: socket.socket
+    control: socket.socket
     mask: int
 
 
-def pack_order(options: Options, pass_fds: Sequence[int], body_size: int) -> bytes:
+def pack_task(options: Options, pass_fds: Sequence[int], body_size: int) -> bytes:
     """Return what goes into a worker's gate before the pickle of what it is to run."""
     group = -1 if options.process_group is None else options.process_group
     manual, pdeathsig = options.ready == "manual", options.pdeathsig or 0
-    head = ORDER.pack(manual, options.start_new_session, group, pdeathsig, len(pass_fds), body_size)
+    head = TASK.pack(manual, options.start_new_session, group, pdeathsig, len(pass_fds), body_size)
     return head + struct.pack(f"={len(pass_fds)}i", *pass_fds)
 
 
-def serve(wire: socket.socket, preload: Sequence[str]) -> None:
-    """Fork workers until the parent has closed its end of the wire."""
-    server = Server(wire, syscalls.set_signal_mask(syscalls.ALL_SIGNALS))
+def serve(control: socket.socket, preload: Sequence[str]) -> None:
+    """Fork workers until the parent has closed its end of the control socket."""
+    server = Server(control, syscalls.set_signal_mask(syscalls.ALL_SIGNALS))
     try:
-        if _greet(server, preload):
+        if _handshake(server, preload):
             while _serve_one(server):
                 pass
     except ConnectionError:  # the parent is gone, with our words unread
         pass
 
 
-def _greet(server: Server, preload: Sequence[str]) -> bool:
+def _handshake(server: Server, preload: Sequence[str]) -> bool:
     """Preload, and say how it went, with no text or a traceback; return whether it went well."""
     try:
         for name in preload:
@@ -85,20 +88,20 @@ def _greet(server: Server, preload: Sequence[str]) -> bool:
         if (threads.count_threads() or 1) > 1:
             raise RuntimeError("a preloaded module has started threads, and a fork server must not have any")
     except BaseException:
-        server.wire.send(REPLY.pack(0, 0, 0) + _format_exception())
+        server.control.send(REPLY.pack(0, 0, 0) + _format_exception())
         return False
     # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker. The
     # workers would share an epoll with one another. One that a fork hook makes in a worker is its own.
     reset_signals()
-    syscalls.detach_all_epolls(server.wire.fileno())
+    syscalls.detach_all_epolls(server.control.fileno())
     child_exit.flush_streams()
-    server.wire.send(REPLY.pack(0, 0, 0))
+    server.control.send(REPLY.pack(0, 0, 0))
     return True
 
 
 def _serve_one(server: Server) -> bool:
-    """Take one request; return False at the end of the wire."""
-    request, fds, flags, _ = socket.recv_fds(server.wire, REQUEST.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    """Take one request; return False at the end of the control socket."""
+    request, fds, flags, _ = socket.recv_fds(server.control, REQUEST.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     if not request:
         return False
     (number,) = REQUEST.unpack(request)
@@ -127,15 +130,15 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
     reply = REPLY.pack(number, pid if os.getppid() else 0, code)  # 0: our parent is in no namespace that we see
     try:
         if pidfd < 0:
-            server.wire.send(reply)
+            server.control.send(reply)
             return
         try:
-            socket.send_fds(server.wire, [reply], [pidfd])
+            socket.send_fds(server.control, [reply], [pidfd])
         except OSError as exc:
             # ETOOMANYREFS: this user has too many descriptors on their way through sockets. The parent opens its own.
             if exc.errno != errno.ETOOMANYREFS:
                 raise
-            server.wire.send(reply)
+            server.control.send(reply)
     finally:
         if pidfd >= 0:
             os.close(pidfd)
@@ -143,11 +146,11 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
 
 def _init_worker(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], object]:
     """Make a worker of this newly forked process, and return what it is to run, once it may."""
-    os.close(server.wire.detach())
+    os.close(server.control.detach())
     child_exit.reset_exit_handlers()  # while it waits for its order
     os.set_inheritable(fds[0], False)  # socket.recv_fds may not have heeded its flags
     gate = _Gate(fds[0])
-    manual, session, group, pdeathsig, count, body_size = ORDER.unpack(gate.read(ORDER.size))
+    manual, session, group, pdeathsig, count, body_size = TASK.unpack(gate.read(TASK.size))
     numbers = struct.unpack(f"={count}i", gate.read(4 * count)) if count else ()
     body = gate.read(body_size)
     _discard_signals()
@@ -159,13 +162,13 @@ def _init_worker(server: Server, fds: list[int], _: int, mask: int) -> Callable[
         child.apply_options(options, gate.fd, mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
-        _tell_failure(gate.fd)
-        gate.read(len(GO))
+        _send_failure(gate.fd)
+        gate.read(len(RELEASE))
         if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             raise
         raise SystemExit(1) from None  # the parent knows
     _write(gate.fd, STARTED)
-    gate.read(len(GO))
+    gate.read(len(RELEASE))
     if not manual:
         os.close(child.pop_ready_fd())
     return functools.partial(copy_context().run, _run, child_func, args)
@@ -188,7 +191,7 @@ class _Gate:
         """Read `size` bytes. SystemExit: the parent has given us up. It may never have heard of us: so we say something."""
         parts, missing = [self._ahead], size - len(self._ahead)
         while missing > 0:
-            # A small order is read as a whole, often with GO at its end.
+            # A small order is read as a whole, often with RELEASE at its end.
             part = os.read(self.fd, min(max(missing, 4096), 1 << 20))
             if not part:
                 _write(self.fd, STARTED)
@@ -210,7 +213,7 @@ def _run(child_func: Callable[..., object], args: Sequence[object]) -> int:
         gate = child.pop_ready_fd()
         if gate < 0:
             raise
-        _tell_failure(gate)
+        _send_failure(gate)
         raise SystemExit(1) from None
 
 
@@ -233,7 +236,7 @@ def _move_out_of(numbers: Sequence[int], fd: int) -> int:
     return fd
 
 
-def _tell_failure(gate: int) -> None:
+def _send_failure(gate: int) -> None:
     text = _format_exception()
     _write(gate, FAILED + FAILURE.pack(len(text)) + text)
 
@@ -250,11 +253,11 @@ def _write(gate: int, data: bytes) -> None:
         pass
 
 
-def main(wire: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
+def main(control: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
     """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
-    inherited.close_inherited(wire)
+    inherited.close_inherited(control)
     afork.install_fork_hook()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, wire) as end:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, control) as end:
         end.set_inheritable(False)
         if main_module:
             from multiprocessing import spawn  # noqa: PLC0415 - only for this

@@ -26,7 +26,7 @@ from .process import MAX_FDS
 from .request import Request
 
 # clone(2) with CLONE_PIDFD and CLONE_PARENT cannot be had here, as against: not at the moment.
-_REFUSED = syscalls.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
+_UNSUPPORTED = syscalls.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
 
 
 Workers = dict[object, "tuple[asyncio.Future[ExitStatus], Child]"]
@@ -98,7 +98,7 @@ class ForkServer:
 
     def __del__(self) -> None:
         link = self._link
-        if link is not None and not self._closed and (link.lost is None or link.is_orphaned):
+        if link is not None and not self._closed and (link.error is None or link.is_loop_closed):
             warnings.warn(f"{self!r} was dropped; close() it, or use async with", ResourceWarning, source=self, stacklevel=2)
             link.drop()
 
@@ -176,20 +176,20 @@ class ForkServer:
         self._check_usable(loop)
         if self.features.made_by == "none":
             child = await afork(functools.partial(child_func, *args), **options._asdict())
-            _remember(self._workers, child)
+            _track_worker(self._workers, child)
             return child
         has_main = self._method == "fork" or "__main__" in self._preload
         body = pickle_call(child_func, args, has_main=has_main)
-        link = await self._live_link(loop)
-        request = link.take() if not fds else Request(loop, fds)
+        link = await self._get_link(loop)
+        request = link.pop_idle() if not fds else Request(loop, fds)
         try:
-            request.order(body, options, functools.partial(_remember, self._workers))
+            request.assign(body, options, functools.partial(_track_worker, self._workers))
             if fds:
                 link.submit(request)
-            link.stock()
+            link.prefork()
             return await request.wait()
         except BaseException:
-            await request.abandon()
+            await request.kill_and_reap()
             raise
         finally:
             request.close()
@@ -203,16 +203,16 @@ class ForkServer:
         """
         self._closed = True
         link, server = self._link, self._server
-        if link is not None and server is not None and not link.is_orphaned:
+        if link is not None and server is not None and not link.is_loop_closed:
             reason = OSError(errno.ESHUTDOWN, f"the fork server (pid {server.pid}) is closed")
-            link.finish()
+            link.close_sending()
             try:
                 await asyncio.wait([server._exit.future], timeout=grace)
             finally:
                 kill(server)
-                link.lose(reason)
+                link.on_server_exit(reason)
             await kill_and_reap(server)
-            await link.drop_spare()
+            await link.kill_and_reap_idle()
         if stop_workers and self._loop is not None:
             await self._stop_workers(self._loop, grace)
 
@@ -224,14 +224,14 @@ class ForkServer:
             )
         else:
             try:
-                server, wire, features = await launch(loop, self._method, self._preload, stacklevel=stacklevel)
-                link = Link(loop, wire, server)
+                server, control, features = await launch(loop, self._method, self._preload, stacklevel=stacklevel)
+                link = Link(loop, control, server)
             except OSError as exc:
-                if exc.errno not in _REFUSED:
+                if exc.errno not in _UNSUPPORTED:
                     raise
                 obstacle = exc
             else:
-                obstacle = await _greet(server, link)
+                obstacle = await _handshake(server, link)
         if obstacle is None:
             self._server, self._link, self._features = server, link, features
         elif self._fallback:
@@ -239,13 +239,13 @@ class ForkServer:
         else:
             raise obstacle
 
-    async def _live_link(self, loop: asyncio.AbstractEventLoop) -> Link:
+    async def _get_link(self, loop: asyncio.AbstractEventLoop) -> Link:
         assert self._link is not None
-        if self._restart and self._link.lost is not None:
+        if self._restart and self._link.error is not None:
             async with self._lock:
                 self._check_usable(loop)
-                if self._link.lost is not None:
-                    await self._link.drop_spare()
+                if self._link.error is not None:
+                    await self._link.kill_and_reap_idle()
                     await self._start(loop, stacklevel=7)
         return self._link
 
@@ -267,29 +267,29 @@ class ForkServer:
                 await asyncio.wait([end for end, _ in workers], timeout=grace if sig == signal.SIGTERM else None)
 
 
-def _remember(workers: Workers, worker: AbstractChildProcess) -> None:
+def _track_worker(workers: Workers, worker: AbstractChildProcess) -> None:
     """Know a worker until it ends. Not by way of the server, which may be dropped before."""
     end = worker._exit
     workers[end] = (end.future, worker._child)
     end.future.add_done_callback(lambda _: workers.pop(end, None), context=Context())
 
 
-async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
+async def _handshake(server: AbstractChildProcess, link: Link) -> OSError | None:
     """Wait until the server has forked a worker; return why it cannot. ChildStartError: it has ended."""
     server.detach()
 
-    def lose(end: asyncio.Future[ExitStatus]) -> None:
-        link.lose(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
+    def on_exit(end: asyncio.Future[ExitStatus]) -> None:
+        link.on_server_exit(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
 
-    server._exit.future.add_done_callback(lose, context=Context())
+    server._exit.future.add_done_callback(on_exit, context=Context())
     failure: OSError | str | None = "cancelled"
     try:
-        failure = await _hear_greeting(server, link)
+        failure = await _await_handshake(server, link)
     finally:
         if failure is not None:
             await kill_and_reap(server)
-            await link.drop_spare()
-    if failure is None or (isinstance(failure, OSError) and failure.errno in _REFUSED):
+            await link.kill_and_reap_idle()
+    if failure is None or (isinstance(failure, OSError) and failure.errno in _UNSUPPORTED):
         return failure
     if isinstance(failure, OSError) and failure.errno != errno.ECONNRESET:
         raise failure
@@ -298,12 +298,12 @@ async def _greet(server: AbstractChildProcess, link: Link) -> OSError | None:
     raise ChildStartError(f"the fork server ended before it was ready: {status!r}{text}", status)
 
 
-async def _hear_greeting(server: AbstractChildProcess, link: Link) -> OSError | str | None:
+async def _await_handshake(server: AbstractChildProcess, link: Link) -> OSError | str | None:
     """Return why the server cannot fork, as an error or as its own traceback; None if it can."""
-    failure = await asyncio.shield(link.greeting)
+    failure = await asyncio.shield(link.handshake)
     if failure == "":
         try:
-            made = await asyncio.shield(link.stock().outcome)
+            made = await asyncio.shield(link.prefork().outcome)
         except OSError as exc:
             return exc
         return made if isinstance(made, OSError) else None

@@ -13,7 +13,7 @@ from .._kernel import syscalls
 _DEATH_MS = 1000
 
 
-class LastResort:
+class KillSwitch:
     """The means to end one process when its loop is gone, and with it the registry that watched it."""
 
     __slots__ = ("_pidfd",)
@@ -33,7 +33,7 @@ class LastResort:
         if pidfd >= 0:
             syscalls.close_tracked_fd(pidfd)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill the process, and wait until it is a zombie: who is to reap it has been asked for that, or will be."""
         if self._pidfd >= 0:
             with contextlib.suppress(OSError):  # ESRCH: reaped. EPERM, EACCES, ENOSYS: a filter that has come since
