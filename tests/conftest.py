@@ -9,11 +9,12 @@ import gc
 import inspect
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -27,6 +28,8 @@ try:
     import uvloop
 except ImportError:
     uvloop = None  # type: ignore[assignment] # tests on uvloop are skipped, with a reason
+
+pytest_plugins = ["tests.helpers.selection"]
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -51,8 +54,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.fixturenames.append("backend")
     if "loop_factory" in metafunc.fixturenames:
         metafunc.parametrize("loop_factory", LOOPS, indirect=True)
-        # A module that is about one of them says so.
-        metafunc.parametrize("backend", getattr(metafunc.module, "BACKENDS", BACKENDS), indirect=True)
+        # A module that is about one of them says so, and so does a test that needs pidfds.
+        backends = getattr(metafunc.module, "BACKENDS", BACKENDS)
+        if "pidfds" in metafunc.fixturenames and "pidfd" in backends:
+            backends = ["pidfd"]
+        metafunc.parametrize("backend", backends, indirect=True)
 
 
 @pytest.fixture
@@ -88,18 +94,55 @@ def _loop_factory(kind: str) -> LoopFactory:
     return asyncio.SelectorEventLoop if kind == "asyncio" else uvloop.new_event_loop
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a coroutine test on a loop of its own."""
-    if not inspect.iscoroutinefunction(pyfuncitem.obj):
-        return None
-    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    run_on(_loop_factory(str(pyfuncitem.callspec.params["loop_factory"])), pyfuncitem.obj(**arguments))
-    return True
+# pytest-asyncio runs the coroutine tests. It does not multiply them, since synchronous tests are multiplied in the same way;
+# does not notice what a loop's exception handler is called with; and makes no loop in another thread, or a second one, for
+# which there is run_on().
+
+
+class _UnderTest:
+    """The loop of the coroutine test that runs."""
+
+    kind: str
+    errors: ClassVar[list[dict[str, Any]]] = []
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """Make that loop. (All fixtures of the test have been set up.)"""
+    loop = _loop_factory(_UnderTest.kind)()
+    loop.set_exception_handler(lambda _, context: _UnderTest.errors.append(context))
+    loop.slow_callback_duration = TEST_TIMEOUT_S  # debug mode logs what is slower, and on a busy machine anything may be
+    return loop
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories() -> dict[str, LoopFactory]:
+    """Have pytest-asyncio run a coroutine test on the loop under test."""
+    return {"under test": _new_loop}
+
+
+if sys.version_info < (3, 10):  # for which there is no pytest-asyncio with that hook
+
+    class _Policy(asyncio.DefaultEventLoopPolicy):
+        _loop_factory = staticmethod(_new_loop)
+
+    @pytest.fixture
+    def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+        """Have pytest-asyncio run a coroutine test on the loop under test."""
+        return _Policy()
+
+
+@pytest.fixture(autouse=True)
+def no_errors_of_the_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a coroutine test if its loop's exception handler was called, until the loop was closed."""
+    _UnderTest.errors.clear()
+    if inspect.iscoroutinefunction(request.function):
+        _UnderTest.kind = request.node.callspec.params["loop_factory"]
+    yield
+    assert not _UnderTest.errors, f"the loop's exception handler was called: {_UnderTest.errors}"
 
 
 def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 240.0) -> Any:
-    """Run a coroutine as asyncio.run does, on a loop from `loop_factory`."""
+    """Run a coroutine as asyncio.run does, on a loop from `loop_factory`, in whatever thread this is."""
     loop = loop_factory()
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: errors.append(context))
@@ -117,6 +160,7 @@ def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 240.0) -> An
 @pytest.fixture(autouse=True, scope="session")
 def process_wide_descriptors() -> None:
     """Let libuv open the pipe that it opens once, with the first loop of the process, and keeps."""
+    asyncio.set_event_loop(None)  # pytest-asyncio asks for one: else Python 3.9 makes it then, and keeps it
     if uvloop is not None:
         uvloop.new_event_loop().close()
     syscalls.open_sigchld()  # and aiopidfd what its handler wakes

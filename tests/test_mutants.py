@@ -51,6 +51,7 @@ def write_mutation(tree: Path, name: str, new: str, test: str = "test_two", old:
     (tree / "tests" / "mutations" / f"{name}.toml").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.long
 def test_bug_that_a_test_notices_is_killed_and_others_survive(small_tree: Path) -> None:
     write_mutation(small_tree, "a real one", "3 * x")
     write_mutation(small_tree, "a harmless one", "x + 2")

@@ -155,7 +155,7 @@ def make_test_case(kind: str) -> Any:
     namespace: dict[str, Any] = {"kind": kind, "__module__": __name__}
     for name, test in TESTS.items():
         namespace[name] = prepare(name, test, kind)
-    return type("Test", (OnLoop, cpython.SubprocessMixin, unittest.TestCase), namespace)
+    return pytest.mark.one_of(type("Test", (OnLoop, cpython.SubprocessMixin, unittest.TestCase), namespace))
 
 
 def prepare(name: str, test: Callable[[Any], None], kind: str) -> Any:

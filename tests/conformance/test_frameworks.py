@@ -250,7 +250,9 @@ def run_plain(name: str, number: signal.Signals) -> Outcome:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=lambda number: number.name
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_server_serves_and_ends_on_our_loop_as_on_its_own(name: str, number: signal.Signals, loop: str) -> None:
     kind = KINDS[name]

@@ -184,7 +184,8 @@ class _Policy:
 async def test_policy_that_fails_is_printed_and_the_child_runs(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(asyncio.events, "_event_loop_policy", _Policy())
-    child = await afork(lambda: 4)
-    assert await child.wait() == 4
+    with monkeypatch.context() as patched:  # pytest-asyncio has the policy forget the loop afterwards
+        patched.setattr(asyncio.events, "_event_loop_policy", _Policy())
+        child = await afork(lambda: 4)
+        assert await child.wait() == 4
     assert "RuntimeError: no loop" in capfd.readouterr().err

@@ -29,6 +29,7 @@ from ..helpers.children import await_zombie, held
 from ..helpers.workers import wait_for_signal
 
 
+@pytest.mark.core
 async def test_returncode_is_what_child_func_returned() -> None:
     child = await afork(lambda: 7)
     assert await child.wait() == 7
@@ -38,11 +39,13 @@ async def test_returncode_is_what_child_func_returned() -> None:
     assert child.exit_status.rusage is not None
 
 
+@pytest.mark.core
 async def test_closures_work_and_memory_is_the_parents() -> None:
     loaded = {"answer": 42}
     assert await (await afork(lambda: loaded["answer"])).wait() == 42
 
 
+@pytest.mark.core
 async def test_child_that_dies_before_it_is_ready_is_an_error_with_its_status() -> None:
     with pytest.raises(ChildStartError, match="before it was ready") as caught:
         await afork(lambda: os._exit(9), ready="manual")
@@ -72,6 +75,7 @@ async def test_child_that_gives_up_its_readiness_but_lives_is_ended(monkeypatch:
     assert caught.value.exit_status.returncode == -signal.SIGKILL
 
 
+@pytest.mark.core
 async def test_manual_readiness_waits_for_notify_ready() -> None:
     read, write = os.pipe()
     here_read, here = os.pipe()
@@ -155,6 +159,7 @@ async def test_child_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyP
         await afork(wait_for_signal)
 
 
+@pytest.mark.core
 async def test_cancellation_ends_and_reaps_the_child() -> None:
     starting = asyncio.ensure_future(afork(wait_for_signal, ready="manual"))
     await asyncio.sleep(0)

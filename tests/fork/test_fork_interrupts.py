@@ -81,14 +81,14 @@ class Interrupter:
         return False
 
 
-async def _interrupt_each(start: Callable[[], Coroutine[Any, Any, AbstractChildProcess]]) -> None:
-    """Interrupt `start` at each bytecode in turn, until it is over before."""
+async def _interrupt_each(start: Callable[[], Coroutine[Any, Any, AbstractChildProcess]], full: bool) -> None:
+    """Interrupt `start` at each bytecode in turn, or at each seventh, until it is over before."""
     await (await start()).stop()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda loop, context: None)  # it is the loop that gets the interrupt of a callback
     registry = registry_of(loop)
     before, mask = os.listdir("/proc/self/fd"), signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    for number in itertools.count(1):
+    for number in itertools.count(1, 1 if full else 7):
         child = None
         with Interrupter(number) as interrupter, contextlib.suppress(Stop):
             child = await start()
@@ -105,15 +105,15 @@ async def _interrupt_each(start: Callable[[], Coroutine[Any, Any, AbstractChildP
     assert number > 100
 
 
-async def test_interrupt_at_any_bytecode_of_afork_leaves_nothing(locks_to_lose: None) -> None:
-    await _interrupt_each(lambda: afork(wait_for_signal))
+async def test_interrupt_at_any_bytecode_of_afork_leaves_nothing(locks_to_lose: None, full: bool) -> None:
+    await _interrupt_each(lambda: afork(wait_for_signal), full)
 
 
 async def test_interrupt_at_any_bytecode_of_a_fork_by_clone_leaves_nothing(
-    pidfds: None, one_thread: None, locks_to_lose: None
+    pidfds: None, one_thread: None, locks_to_lose: None, full: bool
 ) -> None:
     loop = asyncio.get_running_loop()
-    await _interrupt_each(lambda: start_child(loop, wait_for_signal, child_life.Options(), clone))
+    await _interrupt_each(lambda: start_child(loop, wait_for_signal, child_life.Options(), clone), full)
 
 
 async def test_interrupt_of_the_cleaning_up_of_an_interrupt_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from ..conftest import LoopFactory, children, run_on
 from ..helpers.children import one_held
 from ..helpers.workers import wait_for_signal
 
+pytestmark = pytest.mark.core
+
 
 def deaf() -> None:
     """In a child: ignore SIGTERM."""

@@ -20,7 +20,7 @@ from ..conftest import BACKENDS, open_descriptors
 from ..helpers.children import held, one_held, state_of, traced
 from ..helpers.seccomp import python_under_filter
 
-pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
+pytestmark = [pytest.mark.core, pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")]
 
 
 @pytest.fixture

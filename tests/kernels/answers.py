@@ -151,14 +151,14 @@ def lists_worker_of_io_uring() -> str:
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
 
-    before = threads()
+    before, counted = threads(), count_threads()
     parameters = struct.pack("30I", 0, 0, 2, *[0] * 27)  # IORING_SETUP_SQPOLL: a worker at once
     ring = ctypes.CDLL(None, use_errno=True).syscall(SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(parameters))
     if ring < 0:
         pytest.skip(f"this process may not have an io_uring: {os.strerror(ctypes.get_errno())}")
     try:
         said = {0: "not listed", 1: "listed"}[threads() - before]
-        eventually(lambda: count_threads() == before)  # it gives itself the name by which we know it
+        eventually(lambda: count_threads() == counted)  # it gives itself the name by which we know it
         assert threads() - before == (said == "listed")
     finally:
         os.close(ring)

@@ -20,6 +20,8 @@ from aiopidfd._kernel.syscalls import can_recover_exit
 
 from ..helpers.children import Stranger, held, one_held
 
+pytestmark = pytest.mark.core
+
 
 async def test_exit_status_is_that_of_the_child() -> None:
     with one_held() as child:

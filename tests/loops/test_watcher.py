@@ -17,6 +17,8 @@ from aiopidfd import PidfdWatcher, wait
 from ..helpers.calls import Calls, drain
 from ..helpers.children import await_zombie, held, one_held
 
+pytestmark = pytest.mark.core
+
 
 async def test_callback_gets_pid_returncode_and_arguments() -> None:
     with one_held() as child:
@@ -144,7 +146,7 @@ async def test_callback_may_register_the_next_child() -> None:
         (True, TypeError),
         (None, TypeError),
         (1, ChildProcessError),
-        (os.getpid(), ChildProcessError),
+        pytest.param(os.getpid(), ChildProcessError, id="own"),
     ],
 )
 async def test_pid_that_cannot_be_watched_is_refused_at_the_call(pid: Any, error: type[Exception]) -> None:

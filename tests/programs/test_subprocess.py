@@ -42,6 +42,7 @@ async def test_subprocesses_are_ours() -> None:
     assert await process.wait() == 0
 
 
+@pytest.mark.core
 async def test_program_and_shell_command_run_with_their_pipes() -> None:
     script = "read line; echo out $line; echo err >&2; exit 3"
     for creation in (

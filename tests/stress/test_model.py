@@ -21,7 +21,7 @@ from ..conftest import LoopFactory, children, open_descriptors
 from ..helpers.children import DEADLY, await_zombie, obey
 from ..helpers.seccomp import compile_c
 
-# The same examples in each run, of a number that takes some seconds.
+# The same examples in each run, of a number that takes some seconds with --full.
 SETTINGS = settings(
     max_examples=150,
     stateful_step_count=40,
@@ -329,8 +329,8 @@ async def call(function: Any) -> None:
     function()
 
 
-def test_watcher_does_what_the_model_does(loop_factory: LoopFactory) -> None:
+def test_watcher_does_what_the_model_does(loop_factory: LoopFactory, full: bool) -> None:
     class OnOneLoop(Machine):
         factory = staticmethod(loop_factory)
 
-    run_state_machine_as_test(OnOneLoop, settings=SETTINGS)
+    run_state_machine_as_test(OnOneLoop, settings=SETTINGS if full else settings(SETTINGS, max_examples=40))

@@ -78,6 +78,6 @@ def test_what_cannot_be_promised_is_refused(options: list[str]) -> None:
 
 @pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
 @pytest.mark.parametrize("kind", LOOPS)
-def test_fork_server_loses_nothing_to_other_reapers_threads_and_its_own_death(kind: str) -> None:
-    run = stress("--workers", "200", "--deaths", "2", "--loop", kind, module="tests.stress.forkserver")
+def test_fork_server_loses_nothing_to_other_reapers_threads_and_its_own_death(kind: str, full: bool) -> None:
+    run = stress("--workers", "200" if full else "60", "--deaths", "2", "--loop", kind, module="tests.stress.forkserver")
     assert run.returncode == 0, run.stdout + run.stderr

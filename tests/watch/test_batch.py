@@ -16,7 +16,7 @@ from ..helpers.children import one_held
 
 BACKENDS = ["pidfd"]  # for conftest: the other one has no descriptors
 
-pytestmark = pytest.mark.skipif("pidfd" not in WORKING, reason="pidfds are forbidden here")
+pytestmark = [pytest.mark.core, pytest.mark.skipif("pidfd" not in WORKING, reason="pidfds are forbidden here")]
 
 
 async def test_pidfd_of_a_child_that_is_dropped_amid_its_batch_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
