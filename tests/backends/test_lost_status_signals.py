@@ -56,7 +56,8 @@ async def test_next_child_of_the_same_number_is_not_mistaken_for_the_last(
         assert os.waitpid(first.pid, 0) == (first.pid, 5 << 8)
         order = recycle(first.pid)
         if spawned:
-            registry.observe_spawned(first.pid, registry._reaper.add(first.pid, 0), told, told.set_result)
+            pidfd = registry._reaper.add(first.pid, 0)
+            registry.observe(first.pid, told, told.set_result, pidfd=pidfd, is_held=True, is_new=True)
         else:
             registry.observe(first.pid, told, told.set_result)
         assert (await waiting).returncode == 5

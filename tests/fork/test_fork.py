@@ -153,8 +153,8 @@ async def test_child_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyP
     def fail(*args: object, **kwargs: object) -> Any:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Registry, "let_out", lambda *args: False)  # what it does not do, the slow way is there for
-    monkeypatch.setattr(forking, "watch_expected", fail)
+    monkeypatch.setattr(Registry, "release", lambda *args: False)  # what it does not do, the slow way is there for
+    monkeypatch.setattr(forking, "watch_prepared", fail)
     with pytest.raises(OSError, match=os.strerror(code)):
         await afork(wait_for_signal)
 

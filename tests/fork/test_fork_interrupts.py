@@ -126,7 +126,7 @@ async def test_interrupt_of_the_cleaning_up_of_an_interrupt_leaves_nothing(monke
         return kill(*args)
 
     monkeypatch.setattr(Registry, "kill_forked", interrupted)
-    monkeypatch.setattr(Registry, "let_out", lambda *args: 1 // 0)
+    monkeypatch.setattr(Registry, "release", lambda *args: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         await afork(wait_for_signal)
     assert stops == []

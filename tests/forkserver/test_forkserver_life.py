@@ -128,7 +128,7 @@ async def test_reply_without_a_pidfd_gives_a_worker_all_the_same(pidfds: None, c
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert isinstance(child, PosixChildProcess)
         assert await child.wait() == 21
-        assert "want of descriptors" in caplog.text
+        assert "out of descriptors" in caplog.text
 
 
 async def test_no_descriptor_for_a_request_is_an_error_and_harms_no_other(pidfds: None) -> None:

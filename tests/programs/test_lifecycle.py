@@ -140,14 +140,14 @@ def patch_after_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patch_observed(monkeypatch: pytest.MonkeyPatch) -> None:
-    observe = Registry.observe_spawned
+    observe = Registry.observe
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **keywords: Any) -> None:
         monkeypatch.undo()
-        observe(*args)
+        observe(*args, **keywords)
         interrupt()
 
-    monkeypatch.setattr(Registry, "observe_spawned", interrupted)
+    monkeypatch.setattr(Registry, "observe", interrupted)
 
 
 @pytest.mark.parametrize("patch", [patch_process, patch_after_spawn, patch_observed])

@@ -18,6 +18,7 @@ from aiopidfd._kernel.identity import inode_of
 from aiopidfd._kernel.syscalls import can_recover_exit
 from aiopidfd._watch import collector
 from aiopidfd._watch.registries import registry_of
+from aiopidfd._watch.registry import claim_pid
 from tests.conftest import BACKENDS as AVAILABLE
 from tests.conftest import LoopFactory, run_on
 from tests.helpers.children import Held, one_held
@@ -61,11 +62,9 @@ def observe(pid: int, backend: Choice, how: str) -> asyncio.Future[int]:
     elif how == "peeking":
         registry.observe(pid, told, note_status, reap=False, backend=backend)
     elif how == "spawned" and backend == "pidfd":
-        registry.claim_pid(pid)
-        registry.observe_spawned(pid, registry._reaper.add(pid, 0), told, note_status)
+        registry.observe(pid, told, note_status, pidfd=registry._reaper.add(pid, 0), is_held=True, is_new=True)
     elif how in ("forked", "spawned"):
-        registry.claim_pid(pid)
-        registry.observe(pid, told, note_status, check=False, backend=backend, new=True)
+        registry.observe(pid, told, note_status, check=False, backend=backend, is_new=True)
     else:
         registry.observe(pid, told, note_status, backend=backend)
     return told
@@ -138,7 +137,7 @@ def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: 
         observe(child.pid, "pidfd", "handler")
 
     async def use() -> None:
-        registry_of(asyncio.get_running_loop()).claim_pid(child.pid)
+        claim_pid(child.pid)
         os.write(order, b"6\n")
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         os.kill(os.getpid(), signal.SIGCHLD)

@@ -23,7 +23,7 @@ from .._watch.registry import Registry
 from .._watch.start_gate import StartGate
 from .child import ChildSpec, Options, Ready, close_inherited_ready_fd, init_child, run_child
 from .child_exit import flush_streams, mark_inherited_finalizers
-from .handle import AbstractChildProcess, ExitObserver, expect_child, watch_expected
+from .handle import AbstractChildProcess, ExitObserver, prepare_child, watch_prepared
 
 # Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
 Fork = Callable[[Registry, StartGate, syscalls.ChildMain], None]
@@ -96,7 +96,7 @@ async def start_child(
     loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
 ) -> AbstractChildProcess:
     """Fork by `fork_`, and return the child's handle once it is ready. Raises, and is cancelled, as `afork`."""
-    child = expect_child(loop, options.pgid)  # fails before the fork if it must
+    child = prepare_child(loop, options.pgid)  # fails before the fork if it must
     gates, end = child._registry.gates, child._exit
     gate = gates.make(loop)
     try:
@@ -177,8 +177,8 @@ def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: 
     mark_inherited_finalizers()
     flush_streams()  # else both of us would write what is buffered
     fork_(child._registry, gate, partial(run_child, partial(init_child, spec)))
-    if not child._registry.let_out(child._child, gate):
-        child = watch_expected(child, gate.struct.pid, gate.struct.pidfd)
+    if not child._registry.release(child._child, gate):
+        child = watch_prepared(child, gate.struct.pid, gate.struct.pidfd)
         gate.is_watched = True
         gate.open()
     return child

@@ -236,32 +236,30 @@ def watch_forked(
     """
     loop = loop or asyncio.get_running_loop()
     registry, end = registry_of(loop), ExitObserver(loop)
-    registry.claim_pid(pid)
-    handle = _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd, new=True), end)
+    handle = _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd, is_new=True), end)
     handle._attach(pgid)
     return handle
 
 
-def expect_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractChildProcess:
+def prepare_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractChildProcess:
     """Return the handle, detached, of a child that is about to be forked.
 
     What can be made before a fork is: after it, every page that is written to is copied first.
     """
     registry, end = registry_of(loop), ExitObserver(loop)
-    child = registry.expect(end, end)
+    child = registry.prepare(end, end)
     handle = _make_handle(registry, child, end)
     handle._pgid = pgid
     return handle
 
 
-def watch_expected(handle: AbstractChildProcess, pid: int, pidfd: int) -> AbstractChildProcess:
-    """Do what `let_out` of the registry cannot: watch an expected child, whatever it takes; return its handle, detached.
+def watch_prepared(handle: AbstractChildProcess, pid: int, pidfd: int) -> AbstractChildProcess:
+    """Do what `release` of the registry cannot: watch a prepared child, whatever it takes; return its handle, detached.
 
     It has just been forked, and cannot end unseen. `pidfd`, or -1, is ours from now on if this succeeds.
     """
     registry, end = handle._registry, handle._exit
-    registry.claim_pid(pid)
-    watched = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd, new=True), end)
+    watched = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd, is_new=True), end)
     watched._pgid = handle._pgid
     return watched
 

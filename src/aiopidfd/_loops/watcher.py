@@ -146,7 +146,7 @@ with warnings.catch_warnings():
             registry = None if known is None else known()
             if registry is None or registry.closed or registry.loop() is not (_get_running_loop() or self._loop):
                 registry = self._get_registry()
-            registry.observe_child(pid, self, callback, args, self._backend)
+            registry.observe(pid, self, callback, args, backend=self._backend)
 
         def remove_child_handler(self, pid: int) -> bool:
             """Undo `add_child_handler`. Return whether there was a handler. We do not reap the child any more."""

@@ -28,19 +28,18 @@ def prepare_program(registry: Registry) -> StartingProgram:
 def watch_program(registry: Registry, program: StartingProgram, observer: Observer) -> Child:
     """Observe a program that was started. A second call replaces the observer. Raises what Registry.observe raises."""
     pid, popen = program.pid, program.popen
-    # A replacement of Popen may invent pids.
-    is_new = popen is None or type(popen).__module__ == "subprocess"
-    if is_new and program in registry.starting:
-        registry.claim_pid(pid)
     with registry._lock:
-        registry.starting.discard(program)
         child = registry._children.get(pid)
-        if child is not None and child.remove_observer(program):
-            child.add_observer(program, observer, None, None)
-        elif program.struct.held:
-            child = registry.observe_spawned(pid, program.struct.pidfd, program, observer)
-        else:
-            child = registry.observe(pid, program, observer, pidfd=program.pidfd, new=is_new)
+        is_watched = child is not None and child.is_observed_by(program)
+    # A replacement of Popen may invent pids.
+    is_new = not is_watched and (popen is None or type(popen).__module__ == "subprocess")
+    pidfd = -1 if is_watched else program.pidfd
+    try:
+        child = registry.observe(pid, program, observer, pidfd=pidfd, is_held=bool(program.struct.held), is_new=is_new)
+    except OSError:  # it cannot be watched, or is gone; the caller deals with it
+        registry.starting.discard(program)
+        raise
+    registry.starting.discard(program)  # after an interrupt, `close` of the registry kills what is left in this set
     if popen is not None:
         popen._child_created = False  # type: ignore[attr-defined] # as in spawn._Process
     return child

@@ -127,16 +127,8 @@ class Child:
         return True
 
 
-def make_child(  # noqa: PLR0917 - by position, which is faster
-    pid: int,
-    pidfd: int,
-    backend: Backend,
-    key: object,
-    observer: Observer | None,
-    args: Args = None,
-    context: Context | None = None,
-) -> Child:
-    """Make one. Not by an __init__: to call one of Python's takes longer than all that it does."""
+def make_child(pid: int, pidfd: int, backend: Backend) -> Child:
+    """Make a Child without observers. An `__init__` would take longer than all that it does."""
     child = Child()
     child.pid = pid
     child.pidfd = pidfd
@@ -145,11 +137,7 @@ def make_child(  # noqa: PLR0917 - by position, which is faster
     child.peek = False
     child.stranger = False
     child.peekers = _NOBODY
-    child._key = key
-    child._observer = observer
-    child._args = args
-    child.context = context
-    child._others = None
+    child._key = child._observer = child._args = child.context = child._others = None
     return child
 
 
