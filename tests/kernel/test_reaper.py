@@ -1,4 +1,4 @@
-"""The reaper by itself: what it holds, what it tells, and what a process that we forked can do to it."""
+"""The reaper alone: its pidfds, its records, and what a forked process can do to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_readable(reaper: Reaper) -> bool:
 
 
 def fork_without_hooks(reader: int) -> int:
-    """Fork as a C library does: no Python hook closes what the child has inherited. It ends when it can read."""
+    """Fork as a C library does: no Python hook closes the inherited descriptors. The child exits when it can read."""
     pid = int(ctypes.PyDLL(None).fork())
     if pid == 0:
         os.read(reader, 1)
@@ -47,7 +47,7 @@ def fork_without_hooks(reader: int) -> int:
 
 
 def test_exit_is_reported_once_although_a_forked_process_has_a_copy(reaper: Reaper) -> None:
-    """Its interest outlives the close in the parent, out of reach; it must not fire, then or ever."""
+    """The epoll entry outlives the close in the parent, which cannot remove it any more. It must never become ready."""
     reader, writer = os.pipe()
     with one_held() as child:
         pidfd = reaper.add(child.pid, 0)
@@ -58,7 +58,7 @@ def test_exit_is_reported_once_although_a_forked_process_has_a_copy(reaper: Reap
             reaper.release()
             assert os.path.exists(f"/proc/{holder}/fd/{pidfd}")
             assert not is_readable(reaper)
-            with one_held() as second:  # whose pidfd has the same number
+            with one_held() as second:  # its pidfd has the same number
                 assert reaper.add(second.pid, 0) == pidfd
                 second.end_unreaped(8)
                 assert [record[:3] for record in reaper.reap()[1]] == [(second.pid, pidfd, 8 << 8)]
@@ -73,7 +73,7 @@ def test_exit_is_reported_once_although_a_forked_process_has_a_copy(reaper: Reap
 
 
 def test_removed_process_is_not_reported_although_a_forked_process_holds_a_copy(reaper: Reaper) -> None:
-    """Whoever has only closed its pidfd is told of its end by a number that may be another descriptor's."""
+    """A pidfd that was only closed would still report the exit, under a number that may be another file's."""
     reader, writer = os.pipe()
     with one_held() as child:
         pidfd = reaper.add(child.pid, 0)
@@ -93,7 +93,7 @@ def test_removed_process_is_not_reported_although_a_forked_process_holds_a_copy(
 
 @contextlib.contextmanager
 def interrupted() -> Iterator[None]:
-    """Have signals interrupt whatever waits in this thread: in what never waits, nobody notices."""
+    """Have signals interrupt any wait in this thread. Code that never waits does not notice them."""
     done, thread = threading.Event(), threading.get_ident()
 
     def interrupt() -> None:
@@ -119,7 +119,7 @@ def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: Reaper) -
             os.sched_yield()
         with interrupted():
             assert list(reaper.reap()[1]) == []
-            assert is_readable(reaper)  # once more, at once: what has changed meanwhile would be seen
+            assert is_readable(reaper)  # a second time: a change would be seen
             assert list(reaper.reap()[1]) == []
         assert not is_readable(reaper)
         tracer.let_go()
@@ -134,7 +134,7 @@ def test_forked_child_keeps_a_descriptor_that_has_the_number_of_one_of_ours(reap
     ours, childs = ends >> 32, ends & 0xFFFFFFFF
     os.close(childs)
     syscalls.close_tracked_fd(ours)
-    os.dup2(0, ours)  # somebody else's from now on
+    os.dup2(0, ours)  # another file has this number now
     pid = os.fork()
     if pid == 0:
         try:
@@ -158,7 +158,7 @@ def test_wake_descriptor_wakes_each_time_even_after_it_was_modified(reaper: Reap
                 assert reaper.woken
                 reaper.clear_woken()
                 assert not is_readable(reaper)
-            reaper.modify(0, reader, 0)  # tells at once what is there to read, as the SIGCHLD backend wants it
+            reaper.modify(0, reader, 0)  # readable at once, as the SIGCHLD backend needs it
             assert is_readable(reaper)
             reaper.reap()
             reaper.clear_woken()
@@ -174,7 +174,7 @@ def test_release_closes_all_of_a_batch_and_nothing_in_between(reaper: Reaper) ->
         pidfds = []
         for number, child in enumerate(all_of_them):
             pidfds.append(reaper.add(child.pid, 0))
-            if number in (1, 4):  # so that two, three and two follow one another
+            if number in (1, 4):  # so that groups of two, three and two are consecutive
                 others.append(os.dup(0))
         for number in (6, 0, 3, 2, 5, 1, 4):  # not in the order of their descriptors
             all_of_them[number].end_unreaped(0)
@@ -202,7 +202,7 @@ for pid in pids:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 assert reaper.reap()[0] == 4
 reaper.release()
-# Their numbers are free, and from now on others', of which a forked child keeps its copies.
+# Other files get these numbers now. A forked child keeps its copies of them.
 assert [os.dup(0) for _ in pidfds] == pidfds
 pid = os.fork()
 if pid == 0:
@@ -215,5 +215,5 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 @pytest.mark.parametrize("rules", ["io_uring_setup", "close_range", "close_range=EPERM"])
 def test_release_does_without_close_range(rules: str) -> None:
-    """Linux before 5.9, and a filter. The first of them refuses what we do not use."""
+    """On Linux before 5.9, and under a filter. The first rule refuses a call that we do not use."""
     assert python_under_filter(rules, _RELEASE) == "0\n"

@@ -1,4 +1,4 @@
-"""What one child costs in system calls when no other code reaps it: counted exactly, by strace."""
+"""The system calls that one child costs when no other code reaps it, counted by strace."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..helpers.children import undebugged_environment
 CHILDREN = 200
 BATCH = 64
 
-# By one call, pidfds that follow one another; Linux before 5.9 has none.
+# One call closes consecutive pidfds. Linux before 5.9 does not have it.
 CLOSES_RANGES = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 9)
 
-# Memory and the interpreter's own locks depend on what the allocator has at hand, not on the number of children. asyncio
-# before Python 3.12 calls getpid whenever it is asked for the running loop.
+# Calls for memory and for the interpreter's own locks do not depend on the number of children. asyncio before Python 3.12
+# calls getpid each time the running loop is requested.
 NOT_COUNTED = {"getpid", "brk", "futex", "madvise", "mmap", "mprotect", "mremap", "munmap"}
 
-# A program that watches CHILDREN children that end at once. It marks where counting begins and ends by looking at files that
-# are not there. The children are not traced: under a tracer they would end otherwise than without one.
+# A program that watches CHILDREN children that exit at the same time. It marks the start and the end of the counting by
+# calls for files that do not exist. The children are not traced: a tracer would change how they end.
 _PROGRAM = """
 import asyncio, gc, os, signal, sys
 from aiopidfd import PidfdWatcher, wait
@@ -45,7 +45,7 @@ async def main():
     read, write = os.pipe()
     pids = [spawn(read) for _ in range(count)]
     os.close(read)
-    await wait(os.posix_spawn("/bin/true", ["true"], {}))  # what is done once for the loop is done
+    await wait(os.posix_spawn("/bin/true", ["true"], {}))  # so that all is done that a loop does once
     all_told, left = loop.create_future(), count
     def tell(*args):
         nonlocal left
@@ -61,7 +61,7 @@ async def main():
         else:
             registry.observe(pid, tell, tell, check=False)
     mark("end")
-    for pid in pids:  # one after the other, so that they are reaped in the order of their pidfds
+    for pid in pids:  # one by one, so that they are reaped in the order of their pidfds
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     os.close(write)
@@ -104,7 +104,7 @@ pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forb
 
 @pytest.fixture(scope="module")
 def strace() -> str:
-    """The path of strace. Skip where there is none, or where it may not trace."""
+    """The path of strace. Skip if there is none, or if it may not trace."""
     path = shutil.which("strace")
     if path is None:
         pytest.skip("strace is not installed")
@@ -115,7 +115,7 @@ def strace() -> str:
 
 
 def count_calls(strace: str, program: str, folder: Path, *arguments: str) -> Counter[str]:
-    """Run the program, and count the system calls of its process, by name, between the marks."""
+    """Run the program. Count the system calls of its process between the marks, by name."""
     log = folder / "trace"
     command = [strace, "-o", str(log), sys.executable, "-W", "ignore", "-c", program, *arguments]
     subprocess.run(command, check=True, timeout=300, env=undebugged_environment())
@@ -134,7 +134,7 @@ def count_calls(strace: str, program: str, folder: Path, *arguments: str) -> Cou
 def test_each_child_costs_three_calls_and_one_more_for_a_bare_pid(
     kind: str, path: str, waits: int, strace: str, tmp_path: Path
 ) -> None:
-    """The one more makes sure that the pid is a child of ours."""
+    """The extra call checks that the pid is a child of this process."""
     calls = count_calls(strace, _PROGRAM, tmp_path, kind, path, str(CHILDREN))
     closes = calls.pop("close_range", 0) + calls.pop("close", 0)
     polls = sum(calls.pop(name, 0) for name in ("epoll_wait", "epoll_pwait", "epoll_pwait2"))
@@ -143,10 +143,10 @@ def test_each_child_costs_three_calls_and_one_more_for_a_bare_pid(
         "epoll_ctl": CHILDREN,
         "waitid": waits * CHILDREN,
     }
-    # For each batch one of the reaper's and one or two of the loop's, and the loop's own rounds before and after.
+    # For each batch one by the reaper and one or two by the loop. The loop runs before and after the batches, too.
     batches = -(-CHILDREN // BATCH)
     assert batches <= polls <= 3 * batches + 4
-    if CLOSES_RANGES:  # one for each batch, and for what numbers were free between those that follow one another
+    if CLOSES_RANGES:  # one for each batch, and one for each gap between consecutive numbers
         assert batches <= closes <= batches + 4
     else:
         assert closes == CHILDREN

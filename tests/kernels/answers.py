@@ -27,7 +27,7 @@ from ..helpers.seccomp import compile_c
 
 CLONE_PIDFD = 0x1000
 CLONE_CLEAR_SIGHAND = 0x100000000
-SYS_IO_URING_SETUP = 425  # on every architecture but alpha, as the next
+SYS_IO_URING_SETUP = 425  # on every architecture but alpha, as is the next one
 SYS_CLOSE_RANGE = 436
 
 
@@ -40,7 +40,7 @@ def answer(call: Callable[[], object]) -> str:
 
 
 def clone3(flags: int = 0, exit_signal: int = signal.SIGCHLD) -> tuple[int, int]:
-    """The pid and pidfd of a new child, which exits with 1 if SIGUSR1 has a handler in it."""
+    """The pid and the pidfd of a new child. It exits with 1 if it has a handler for SIGUSR1."""
     library = ctypes.CDLL(str(compile_c("../kernels/since.c", "-shared", "-fPIC")))
     library.since_clone3.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     pidfd = ctypes.c_int(-1)
@@ -51,7 +51,7 @@ def clone3(flags: int = 0, exit_signal: int = signal.SIGCHLD) -> tuple[int, int]
 
 
 def reap(pidfd: int) -> int:
-    """Wait for the child, of whatever kind, and close its pidfd; return its wait status."""
+    """Wait for a child of any kind and close its pidfd. Return its wait status."""
     try:
         ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED)
     finally:
@@ -81,7 +81,7 @@ def clones_by_clone3() -> str:
 
 
 def polls_zombie() -> str:
-    """What an edge-triggered epoll, inside another one as a loop has it, says of a child: at first, as a zombie, reaped."""
+    """The events of an edge-triggered epoll inside another one, for a running child, a zombie and a reaped child."""
     said = []
     with one_held() as child, select.epoll() as reaper, select.epoll() as loop:
         pidfd = syscalls.open_pidfd(child.pid)
@@ -146,7 +146,7 @@ def closes_range() -> str:
 
 
 def lists_worker_of_io_uring() -> str:
-    """Whether the kernel lists a worker of io_uring's among the threads of the process; the other kind is none."""
+    """Whether the kernel lists a worker of io_uring among the threads of the process."""
 
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
@@ -158,7 +158,7 @@ def lists_worker_of_io_uring() -> str:
         pytest.skip(f"this process may not have an io_uring: {os.strerror(ctypes.get_errno())}")
     try:
         said = {0: "not listed", 1: "listed"}[threads() - before]
-        eventually(lambda: count_threads() == counted)  # it gives itself the name by which we know it
+        eventually(lambda: count_threads() == counted)  # the worker sets its own name, by which we recognise it
         assert threads() - before == (said == "listed")
     finally:
         os.close(ring)
@@ -186,7 +186,7 @@ def signals_group() -> str:
 
 
 def tells_exit() -> str:
-    """What PIDFD_GET_INFO tells of a child that somebody else has reaped."""
+    """The answer of PIDFD_GET_INFO for a child that another waitpid() reaped."""
     with one_held() as child:
         pidfd = syscalls.open_pidfd(child.pid)
         child.end_unreaped(3)
@@ -208,11 +208,11 @@ def tells_exit_of_zombie() -> str:
     return "not yet" if told == [None] else said
 
 
-# What holds on every kernel that we run on, and that all versions must agree in.
+# These answers are the same on every kernel.
 
 
 def keeps_child_without_signal() -> str:
-    """A child without an exit signal is shown to those only who ask with __WALL, and not reaped where SIGCHLD is ignored."""
+    """Only __WALL finds a child without an exit signal, and the kernel does not reap it where SIGCHLD is ignored."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         _, pidfd = clone3(exit_signal=0)
@@ -224,7 +224,7 @@ def keeps_child_without_signal() -> str:
 
 
 def sibling_has_signal_of_its_maker() -> str:
-    """What a process without an exit signal makes by CLONE_PARENT has none either: a fork server's workers."""
+    """A process without an exit signal makes siblings without one by CLONE_PARENT, as a fork server makes its workers."""
     made = ctypes.CDLL(str(compile_c("../kernels/since.c", "-shared", "-fPIC"))).since_sibling()
     assert made == 0, os.strerror(-made)
     hidden = answer(lambda: os.waitpid(-1, os.WNOHANG))
@@ -233,7 +233,7 @@ def sibling_has_signal_of_its_maker() -> str:
 
 
 def pidfd_of_reaped() -> str:
-    """What opening and signalling it answer once it is gone; as a zombie it can be opened and signalled."""
+    """The answers of pidfd_open and pidfd_send_signal for a reaped child. Both succeed for a zombie."""
     with one_held() as child:
         child.end_unreaped(0)
         pidfd = syscalls.open_pidfd(child.pid)
@@ -245,7 +245,7 @@ def pidfd_of_reaped() -> str:
 
 
 def traced_child_is_hidden() -> str:
-    """What waitid says of our child while a foreign tracer has not yet let go of it, although its pidfd is readable."""
+    """The answer of waitid for a child that another process still traces, although its pidfd is readable."""
     tracer = """
 import ctypes, os, sys
 libc, pid = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])
@@ -280,7 +280,7 @@ else:
 
 
 def epoll_is_shared_after_fork() -> str:
-    """Whose list it is that a forked child changes in an inherited epoll descriptor."""
+    """Whose epoll a forked child changes by an inherited epoll descriptor."""
     read, write = os.pipe()
     with select.epoll() as epoll:
         pid = os.fork()
@@ -296,11 +296,11 @@ def epoll_is_shared_after_fork() -> str:
 
 
 def counts_descriptors() -> str:
-    """What the size of /proc/self/fd is."""
+    """The meaning of the size of /proc/self/fd."""
     copies = [os.dup(0) for _ in range(3)]
     try:
         size = os.stat("/proc/self/fd").st_size
-        open_now = len(os.listdir("/proc/self/fd")) - 1  # without the one that it is listed by
+        open_now = len(os.listdir("/proc/self/fd")) - 1  # without that of listdir() itself
     finally:
         for fd in copies:
             os.close(fd)

@@ -17,7 +17,7 @@ from aiopidfd import wait
 from ..helpers.children import held
 from . import answers
 
-BACKENDS = ["pidfd"]  # for conftest: the other one rests on nothing of all this
+BACKENDS = ["pidfd"]  # for conftest: the SIGCHLD backend does not need any of this
 
 
 def version_of(release: str) -> tuple[int, int]:
@@ -54,7 +54,7 @@ CLAIMS: dict[str, tuple[Callable[[], str], dict[tuple[int, int], str]]] = {
     "close_range": (answers.closes_range, since(5, 9, before="ENOSYS")),
     "worker of io_uring": (
         answers.lists_worker_of_io_uring,
-        # 5.10.162 has taken over the io_uring of 5.15.
+        # 5.10.162 has the io_uring of 5.15.
         {ALWAYS: "not listed", (5, 10): "listed", (5, 11): "not listed", (5, 12): "listed"},
     ),
     "polled: running, zombie, again, reaped": (

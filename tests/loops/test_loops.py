@@ -1,4 +1,4 @@
-"""The loop classes, run, the policy, and watchers that are attached to other loops."""
+"""The loop classes, the policy, and watchers that are attached to other loops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ except ImportError:
     uvloop = None  # type: ignore[assignment] # tests on uvloop are skipped, with a reason
 
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 LOOPS_BY_NAME = """
@@ -63,7 +63,7 @@ KINDS = [
 
 
 def run_python(script: str, *arguments: str, options: tuple[str, ...] = ("-W", "error")) -> tuple[str, str]:
-    """Run a script in a process of its own, which must succeed; return what it prints, and what it says on stderr."""
+    """Run a script in a new process, which must succeed. Return its stdout and its stderr."""
     done = subprocess.run(
         [sys.executable, *options, "-c", LOOPS_BY_NAME + textwrap.dedent(script), *arguments],
         env=undebugged_environment(),
@@ -81,7 +81,7 @@ NOISE = ("Event loop is closed", "Exception ignored", "Traceback", "never retrie
 
 
 def assert_quiet(stderr: str) -> None:
-    """Warnings of what was left open are as they should be; nothing else is said."""
+    """ResourceWarnings are expected. Nothing else may be printed."""
     assert not [noise for noise in NOISE if noise in stderr], stderr
 
 
@@ -185,7 +185,7 @@ def test_policy_has_child_watchers_on_every_loop(factory: str) -> None:
     assert stderr == ""
     first, second = outputs.splitlines()
     assert first == OURS
-    # Without a watcher that was set, loops that are not ours do what they always do.
+    # Without a watcher, loops of other classes do what they always do.
     assert second == OURS or "(" in factory or factory == "asyncio.SelectorEventLoop"
     assert second.endswith("b'x' None 3")
 
@@ -235,7 +235,7 @@ def test_without_uvloop_its_loop_names_the_extra_and_the_rest_works() -> None:
 
 @pytest.fixture(params=["asyncio", pytest.param("uvloop", marks=needs_uvloop)])
 def plain_loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
-    """A loop that is not ours."""
+    """A loop of another class."""
     loop = asyncio.SelectorEventLoop() if request.param == "asyncio" else uvloop.Loop()
     yield loop
     loop.close()
@@ -268,7 +268,7 @@ def test_loop_stays_plugged_until_the_last_watcher_has_left(plain_loop: asyncio.
 
 
 def test_watcher_that_was_dropped_stays_plugged_beside_later_ones(plain_loop: asyncio.AbstractEventLoop) -> None:
-    """Its id, which was what it was known by, is the next watcher's."""
+    """The next watcher may get the same id()."""
     PidfdWatcher().attach_loop(plain_loop)
     for _ in range(5):
         other = PidfdWatcher()

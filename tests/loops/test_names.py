@@ -1,4 +1,4 @@
-"""The public names: which there are, and which of them can be had where."""
+"""The public names, and which of them are available where."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_all_names_are_those_that_type_checkers_read() -> None:
 
 
 def test_python_without_policies_gets_an_error_that_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Python 3.16 is."""
+    """As on Python 3.16."""
 
     class Without:
-        """asyncio, but for what was removed."""
+        """asyncio without what was removed."""
 
         def __getattr__(self, name: str) -> Any:
             if "Policy" in name or "policy" in name:
@@ -106,7 +106,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_tests_of_ctrl_c_pass_where_the_caller_ignores_it() -> None:
-    """As that of a shell's background job does."""
+    """A shell ignores SIGINT in a background job."""
     tests = ["tests/loops/test_run.py", "-k", "interrupt or ctrl or sigint"]
     command = ["env", "--ignore-signal=INT", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

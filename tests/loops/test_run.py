@@ -86,7 +86,7 @@ def test_run_cancels_tasks_and_closes_generators_at_the_end(loop_class: Any) -> 
         generator = generate()
         assert await generator.__anext__() == 1
         await asyncio.get_running_loop().run_in_executor(None, int)
-        return [left, generator]  # neither is dropped before the end
+        return [left, generator]  # kept alive until the end
 
     left, _ = aiopidfd.run(main(), loop_factory=loop_class)
     assert left.cancelled()
@@ -126,7 +126,7 @@ def test_run_ends_cleanly_on_keyboard_interrupt(loop_class: Any) -> None:
             await process.wait()
             ended.append("main")
 
-    # Whoever has started the tests may ignore SIGINT, and Python then does so, too.
+    # The parent of this process may ignore SIGINT. Python inherits that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""wait(): the end of any process."""
+"""wait(): the exit of any process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_rusage_is_that_of_the_child() -> None:
 
 @pytest.fixture
 def cores() -> Iterator[None]:
-    """Let children dump core. What they dump goes where core_pattern says; nothing of it is looked at."""
+    """Let children dump core, to where core_pattern says. The tests do not read the dumps."""
     soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
     if hard == 0:
         pytest.skip("RLIMIT_CORE forbids cores here, and cannot be raised")
@@ -55,7 +55,7 @@ def cores() -> Iterator[None]:
 
 
 async def test_core_dump_is_reported_as_by_waitpid(cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a core is dumped depends on core_pattern, too; what a plain waitpid says here is the oracle."""
+    """core_pattern decides, too, whether a core is dumped. The expected answer is that of os.waitpid()."""
     monkeypatch.chdir(tmp_path)
     for number in (signal.SIGABRT, signal.SIGKILL):
         with held(2) as (ours, oracle):
@@ -64,7 +64,7 @@ async def test_core_dump_is_reported_as_by_waitpid(cores: None, tmp_path: Path, 
             os.kill(ours.pid, number)
             status = await ended
             assert status.returncode == -number
-            os.kill(oracle.pid, number)  # not before: if both dump into a file of the same name, one of them may fail
+            os.kill(oracle.pid, number)  # one after the other: if both dump into the same file, one of them may fail
             dumped = os.WCOREDUMP(os.waitpid(oracle.pid, 0)[1])
             assert status.core_dumped is dumped
             if number == signal.SIGABRT and not dumped and is_dumped_to_a_file():
@@ -120,7 +120,7 @@ async def test_status_is_left_for_the_owner_of_a_multiprocessing_process() -> No
     process.join()
     assert process.exitcode == 6
     process.close()
-    # The spawn context has started it, and would leave it behind.
+    # The spawn context has started the resource tracker, and does not end it.
     resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 

@@ -42,13 +42,13 @@ async def test_child_that_was_dead_before_registration_is_reported() -> None:
         child.end_unreaped(3)
         calls = Calls()
         PidfdWatcher().add_child_handler(child.pid, calls)
-        assert calls.calls == []  # never from within the call itself
+        assert calls.calls == []  # not during the call itself
         assert await calls.all() == [(child.pid, 3)]
 
 
 async def test_500_children_ending_at_once_are_each_reported_once() -> None:
     watcher, calls = PidfdWatcher(), Calls(500)
-    # They all read the same pipe: closing it ends them at once.
+    # All of them read the same pipe. When it is closed, they exit at the same time.
     read, write = os.pipe()
     actions = [(os.POSIX_SPAWN_DUP2, read, 0)]
     pids = [os.posix_spawn("/bin/sh", ["sh", "-c", "read x; exit 9"], {}, file_actions=actions) for _ in range(500)]
@@ -181,7 +181,7 @@ def test_importing_and_subclassing_warn_of_nothing() -> None:
 
 
 async def test_zombie_helper_leaves_the_child_unreaped() -> None:
-    """The tests above rest on it."""
+    """The tests above need this."""
     with one_held() as child:
         child.end(0)
         await_zombie(child.pid)

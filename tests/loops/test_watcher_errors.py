@@ -17,7 +17,7 @@ from ..helpers.children import Held, held, one_held
 
 
 async def test_observer_that_has_its_loop_run_loses_nobody() -> None:
-    """As nest_asyncio does: we are called again while we tell."""
+    """As with nest_asyncio: collect() is called again inside a callback."""
     registry = registry_of(asyncio.get_running_loop())
     watcher, calls = PidfdWatcher(), Calls(4)
 
@@ -33,7 +33,7 @@ async def test_observer_that_has_its_loop_run_loses_nobody() -> None:
 
 
 class InterruptedLock:
-    """A lock that another thread has: who waits for it is interrupted, and so has nothing to release."""
+    """A lock that another thread holds. acquire() is interrupted, so there is nothing to release."""
 
     def acquire(self) -> bool:
         raise KeyboardInterrupt
@@ -79,7 +79,7 @@ async def test_raising_callback_reaches_the_exception_handler_and_harms_no_other
 
 
 def test_interrupt_in_a_callback_strands_no_other_child(loop_factory: LoopFactory) -> None:
-    """KeyboardInterrupt leaves run_forever; when the loop runs again, the rest of the batch is told."""
+    """KeyboardInterrupt leaves run_forever(). When the loop runs again, the rest of the batch is reported."""
     loop = loop_factory()
     seen: list[int] = []
 
@@ -103,7 +103,7 @@ def test_interrupt_in_a_callback_strands_no_other_child(loop_factory: LoopFactor
 
 
 def test_interrupt_in_a_callback_strands_no_other_callback_of_the_child(loop_factory: LoopFactory) -> None:
-    """The rest is told when the loop runs again, and each once."""
+    """The other callbacks are called once, when the loop runs again."""
     told: list[int] = []
     watchers = [PidfdWatcher() for _ in range(4)]
 
@@ -134,7 +134,7 @@ def test_interrupt_in_a_callback_strands_no_other_callback_of_the_child(loop_fac
 
 
 def test_interrupt_before_the_batch_is_released_leaves_no_descriptor(loop_factory: LoopFactory) -> None:
-    """The fixture that sees what is left open is the test: the batch is noted a second time, and must still be closed."""
+    """The fixture that looks for open descriptors is the test. The batch is taken a second time, and is closed then."""
     loop = loop_factory()
     seen: list[int] = []
 

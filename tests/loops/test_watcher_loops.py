@@ -78,7 +78,7 @@ def test_attach_loop_refuses_what_is_no_loop() -> None:
 
 
 def test_two_loops_in_two_threads_watch_at_once(loop_factory: LoopFactory) -> None:
-    watcher = PidfdWatcher()  # one for both: a watcher belongs to no loop
+    watcher = PidfdWatcher()  # one for both loops
     results: list[list[int]] = []
 
     async def watch() -> None:
@@ -110,10 +110,10 @@ def test_closing_the_loop_closes_the_pidfds_and_the_child_is_reaped_when_it_ends
         assert not [what for what in open_descriptors().values() if what.startswith(("pidfd:", "anon_inode:[pidfd]"))]
         survivor.end(0)
         deadline = time.monotonic() + 10
-        while survivor.pid in child_pids():  # nobody but the handler that we left behind is there to reap it
+        while survivor.pid in child_pids():  # only our SIGCHLD handler can reap it
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    # The next loop puts back who was there before.
+    # The next loop restores the handler that was there before.
     run_on(loop_factory, asyncio.sleep(0))
     with one_held() as other:
 
@@ -144,5 +144,5 @@ def test_set_child_watcher_makes_asyncio_subprocesses_use_it() -> None:
         finally:
             asyncio.set_child_watcher(None)  # type: ignore[arg-type] # None resets it
     assert registered
-    # Python 3.12 deprecates set_child_watcher itself, and says so once for each of our two calls; nothing else warns.
+    # Python 3.12 deprecates set_child_watcher itself, and warns for each of the two calls. Nothing else warns.
     assert [str(warning.message) for warning in caught if "set_child_watcher" not in str(warning.message)] == []

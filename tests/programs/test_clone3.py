@@ -1,4 +1,4 @@
-"""The child of clone3(2) on a stack of its own, which takes assembly: right however it is compiled."""
+"""The child of clone3(2) on its own stack, which needs assembly. It is right with each compiler and level."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMBINATIONS = [f"{level} {way}" for level in LEVELS for way in WAYS]
 
 
 def compile_objects(folder: Path, sources: list[Path], *options: str) -> list[str]:
-    """Compile C files; return what was made of them."""
+    """Compile C files. Return the path of the result."""
     made = []
     for source in sources:
         made.append(str(folder / f"{source.stem}.o"))
@@ -40,7 +40,7 @@ def compile_objects(folder: Path, sources: list[Path], *options: str) -> list[st
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What is not about clone3."""
+    """The C files that are not about clone3."""
     sources = [ROOT / "cffi_build" / name for name in ("pidfd.c", "reaper.c", "tracked_fds.c", "child.c")]
     return compile_objects(tmp_path_factory.mktemp("others"), [*sources, ROOT / "tests" / "helpers" / "spawner.c"], "-fPIC")
 
@@ -60,7 +60,7 @@ def test_programs_start_however_the_assembly_is_compiled(options: str, others: l
     assert (result.returncode, result.stderr) == (0, "")
 
 
-# By compiler: the instruction that the child begins after, and that which it never comes to; the operands in between.
+# By compiler: the instruction before the child's first one, and one that the child never reaches.
 ASSEMBLY = {
     "x86_64-linux-gnu-gcc": (r"\bsyscall\b(.*?)\bhlt\b", r"%\w+", {"%r8", "%r9", "%rdi", "%rax", "%ebp"}),
     "aarch64-linux-gnu-gcc": (r"\bsvc\b(.*?)\bbrk\b", r"\bx\w+", {"x0", "x9", "x10", "x29", "xzr"}),
@@ -70,7 +70,7 @@ ASSEMBLY = {
 @pytest.mark.parametrize("compiler", [name for name in ASSEMBLY if shutil.which(name)])
 @pytest.mark.parametrize("level", LEVELS)
 def test_operands_of_the_assembly_are_where_nobody_changes_them(level: str, compiler: str, tmp_path: Path) -> None:
-    """Not in rcx and r11, which the system call changes, nor in rdi and rbp, which the child does."""
+    """They are not in rcx and r11, which the system call changes, nor in rdi and rbp, which the child changes."""
     made = tmp_path / "spawn.s"
     options = [*FLAGS, level, "-fomit-frame-pointer", "-fPIC", "-S", "-o", str(made)]
     subprocess.run([compiler, *options, str(ROOT / "cffi_build" / "spawn.c")], check=True)

@@ -1,4 +1,4 @@
-"""The signals that a program inherits as blocked or ignored: those that Popen lets it inherit."""
+"""A program inherits blocked and ignored signals as with Popen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..helpers.subprocesses import (
     pytest_generate_tests,  # noqa: F401 - pytest looks for it in this module
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 LOOK = ["grep", "-E", "^Sig(Blk|Ign|Cgt)", "/proc/self/status"]
@@ -27,7 +27,7 @@ LOOK = ["grep", "-E", "^Sig(Blk|Ign|Cgt)", "/proc/self/status"]
 def test_child_inherits_blocked_and_ignored_signals_as_with_popen(
     loop_factory: LoopFactory, keywords: dict[str, Any]
 ) -> None:
-    """libuv, and so uvloop by itself, unblocks all and sets all to their defaults."""
+    """libuv, and so uvloop itself, unblocks all signals and resets them to their defaults."""
 
     async def look() -> bytes:
         process = await asyncio.create_subprocess_exec(*LOOK, stdout=PIPE, **keywords)

@@ -1,4 +1,4 @@
-"""A start that is interrupted, wherever that is, leaves no program, no zombie and no pidfd, also once the loop is closed."""
+"""A start that is interrupted anywhere leaves no program, no zombie and no pidfd, also after the loop is closed."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from ..helpers.subprocesses import (
     pytest_generate_tests,  # noqa: F401 - pytest looks for it in this module
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = [pytest.mark.usefixtures("plug"), pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
 
-# Elsewhere it is Popen that starts programs.
+# Without clone(CLONE_PIDFD), Popen starts the programs.
 BACKENDS = [name for name in conftest.BACKENDS if name == "pidfd"]
 
 PACKAGE = str(Path(aiopidfd.__file__).parent)
 
 
 class Interrupt(BaseException):
-    """What a Python signal handler raises: no Exception, which `_call` would take for the protocol's."""
+    """What a Python signal handler raises. It is no Exception: `_call` would take that for one of the protocol."""
 
 
 def interrupt(*args: object) -> None:
@@ -82,7 +82,7 @@ def pidfds() -> list[str]:
 
 
 def await_no_children(where: str, deadline_s: float = 10) -> None:
-    """Return once every child is reaped, by the handler that does it for loops that are closed."""
+    """Return once every child is reaped by the SIGCHLD handler, which does that for closed loops."""
     deadline = time.monotonic() + deadline_s
     while children():
         assert time.monotonic() < deadline, f"a child is left by an interrupt in {where}"
@@ -90,7 +90,7 @@ def await_no_children(where: str, deadline_s: float = 10) -> None:
 
 
 async def start_traced(place: int) -> str | None:
-    """Start a program and interrupt that; return where, None if it has not got so far."""
+    """Start a program and interrupt the start. Return the place, or None if the start was complete before."""
     tracer = Tracer(registry_of(asyncio.get_running_loop()), place)
     gc.disable()
     sys.settrace(tracer)
@@ -103,11 +103,11 @@ async def start_traced(place: int) -> str | None:
         gc.enable()
     process.kill()
     await process.wait()
-    return tracer.where  # not None: Python itself has swallowed it, as in a __del__
+    return tracer.where  # not None: Python itself has ignored the exception, as in a __del__
 
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="something else traces this program")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python swallows what a __del__ raises
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python ignores what a __del__ raises
 def test_interrupt_at_any_place_leaves_nothing(loop_factory: LoopFactory, locks_to_lose: None) -> None:
     place, places = 0, set()
     while True:
@@ -170,7 +170,7 @@ async def test_interrupted_program_is_killed_at_once_and_reaped_by_the_loop(
 async def test_interrupt_of_the_undoing_leaves_nothing_once_the_loop_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As two Ctrl+C in a row: nobody watches it then, and the fixture finds what is left after the loop is closed."""
+    """As with Ctrl+C twice: the program is not watched then. The fixture finds what is left after the loop is closed."""
     patch_process(monkeypatch)
     monkeypatch.setattr(loop_methods, "cancel_program", interrupt)
     with pytest.raises(Interrupt):
@@ -181,7 +181,7 @@ async def test_interrupt_of_the_undoing_leaves_nothing_once_the_loop_is_closed(
 async def test_program_that_ends_after_two_interrupts_is_reaped_and_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its number, and that of its pidfd, may be another's by the time the loop is closed."""
+    """When the loop is closed, its pid may be another process's, and the number of its pidfd another file's."""
     patch_process(monkeypatch)
     monkeypatch.setattr(loop_methods, "cancel_program", interrupt)
     with pytest.raises(Interrupt):
@@ -216,7 +216,7 @@ async def test_interrupt_inside_popen_once_it_has_the_pid(monkeypatch: pytest.Mo
         monkeypatch.undo()
         interrupt()
 
-    monkeypatch.setattr(subprocess.Popen, "_close_pipe_fds", interrupted)  # what Popen does when it has forked
+    monkeypatch.setattr(subprocess.Popen, "_close_pipe_fds", interrupted)  # Popen calls this after the fork
     with pytest.raises(Interrupt):
         await asyncio.create_subprocess_exec("/bin/sleep", "1000", stdin=PIPE, **BY_POPEN)
     while children():
@@ -225,7 +225,7 @@ async def test_interrupt_inside_popen_once_it_has_the_pid(monkeypatch: pytest.Mo
 
 @pytest.fixture
 def signalled_by_pid(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Whom os.kill, by which Popen kills too, was called for."""
+    """The pids that os.kill was called with. Popen.kill calls it, too."""
     pids: list[int] = []
     kill = os.kill
 
@@ -257,7 +257,7 @@ async def test_program_that_cannot_be_watched_is_ended_by_pidfd_alone(
 async def test_program_that_was_reaped_by_others_and_cannot_be_watched_is_not_signalled(
     signalled_by_pid: list[int], keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its number may be anybody's."""
+    """Another process may have its pid."""
 
     def reap_first(registry: Registry, program: Any, observer: Any) -> None:
         os.waitpid(program.pid, 0)

@@ -1,4 +1,4 @@
-"""Programs where something usual is missing: /proc, close_range, /dev/null, descriptors 0 to 2, folders of the PATH."""
+"""Programs in unusual environments: without /proc, close_range, /dev/null, descriptors 0 to 2, or directories of PATH."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ aiopidfd.run(main(), loop_factory=aiopidfd.{loop})
 
 
 def run_in(command: list[str], loop: str, body: str, **keywords: Any) -> str:
-    """Run the body of a coroutine by a command that makes a world; return what it prints."""
+    """Run the body of a coroutine by a command that makes an environment. Return what it prints."""
     body = "\n".join("    " + line for line in body.strip().splitlines())
     program = PROGRAM.format(body=body, loop=loop)
     result = subprocess.run(
         [*command, sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60, **keywords
     )
-    # The last one in a chroot, whose root is no mount point.
+    # The last one is in a chroot, whose root is no mount point.
     refusals = "unshare failed", "Operation not permitted", "cannot change root filesystem propagation"
     if any(refusal in result.stderr for refusal in refusals):
         pytest.skip(f"no such namespace can be made here: {result.stderr.strip()}")
@@ -43,7 +43,7 @@ def run_in(command: list[str], loop: str, body: str, **keywords: Any) -> str:
 
 
 def in_namespace(*options: str, do: str) -> list[str]:
-    """A command that runs another one in new namespaces, once the shell has done something there."""
+    """A command that runs another one in new namespaces, after a shell command there."""
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare(1)")
     return ["unshare", "--mount", *options, "sh", "-c", f'{do} && exec "$@"', "sh"]
@@ -99,7 +99,7 @@ def test_child_closes_all_but_what_it_is_passed(world: str, loop: str) -> None:
 @needs_root
 @pytest.mark.parametrize("loop", LOOPS)
 def test_descriptors_above_a_limit_that_was_lowered_are_closed_without_close_range(loop: str) -> None:
-    """As many as fit below the limit are open, so that /proc cannot be read before some of them are closed."""
+    """All numbers below the limit are open, so /proc cannot be read before some of them are closed."""
     body = """
 import resource
 held = os.dup2(os.open("/", os.O_RDONLY), 300)
@@ -207,7 +207,7 @@ except ChildProcessError:
     assert output == f"True ('FileNotFoundError', {errno.ENOENT}, '/dev/null')\n" * 3 + "True\nno child\n"
 
 
-# What Popen makes of them is the measure.
+# They must be as with Popen.
 STDIO = """
 import itertools
 COMMAND = "sh", "-c", "cat; echo out; echo err >&2"
@@ -248,14 +248,14 @@ for order in itertools.permutations((0, 1, 2, 50, 51), 3):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_standard_streams_that_stand_in_one_anothers_place(loop: str) -> None:
-    """All ways of taking three of the descriptors 0, 1, 2 and two above, the other low ones being closed."""
+    """All choices of three of the descriptors 0, 1, 2 and two higher ones. The other low ones are closed."""
     assert run_in([], loop, STDIO) == ""
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("closed", ["0", "1", "2", "0 1", "0 2", "1 2", "0 1 2"])
 def test_streams_go_to_the_child_although_the_parent_has_closed_its_own(loop: str, closed: str, tmp_path: Path) -> None:
-    """So that its pipes get these numbers."""
+    """The pipes get these numbers then."""
     path = tmp_path / "result"
     body = f"""
 await (await asyncio.create_subprocess_exec("/bin/true")).wait()
@@ -289,7 +289,7 @@ for path in {paths}:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_folders_of_the_path_that_are_none_are_passed_over_as_popen_does(loop: str, tmp_path: Path) -> None:
-    """ENOTDIR as ENOENT: the program is looked for in the next one, and what cannot be run there is told before either."""
+    """ENOTDIR counts as ENOENT: the search continues. An EACCES in a later directory is reported before both."""
     (tmp_path / "file").write_text("no folder")
     for name, mode in (("good", 0o755), ("locked", 0o644)):
         (tmp_path / name).mkdir()

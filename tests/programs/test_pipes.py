@@ -17,7 +17,7 @@ from ..helpers.subprocesses import (
     talk,
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 
@@ -61,7 +61,7 @@ async def test_communicate_ignores_a_stdin_that_is_closed_early() -> None:
 
 
 async def test_communicate_ignores_a_stdin_that_was_closed_long_ago() -> None:
-    """uvloop's own transport raises RuntimeError: the handler is closed."""
+    """uvloop's own transport raises RuntimeError here."""
     process = await asyncio.create_subprocess_shell("echo done", stdin=PIPE, stdout=PIPE)
     await process.wait()
     await drain()
@@ -95,7 +95,7 @@ async def test_end_of_input_can_be_written() -> None:
 
 
 async def test_no_call_on_a_pipe_can_stand_still() -> None:
-    """A loop may be told that a pipe is readable when nothing is there: another process that has it may have been faster."""
+    """A loop may call the reader of an empty pipe: another process with the same pipe may have read first."""
     process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE, stderr=PIPE)
     pipes = [process._transport.get_pipe_transport(number) for number in range(3)]  # type: ignore[attr-defined]
     assert [os.get_blocking(pipe.get_extra_info("pipe").fileno()) for pipe in pipes] == [False] * 3

@@ -1,4 +1,4 @@
-"""What stands in the place of subprocess.Popen, or of a part of it, sees every program that is started."""
+"""A replacement of subprocess.Popen, or of a part of it, sees every program that is started."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..helpers.subprocesses import (
     talk,
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 Popen = subprocess.Popen
@@ -33,9 +33,9 @@ Seen = list[Any]
 
 
 class Proxy:
-    """As wrapt's: it says of itself whatever the wrapped function says, and is none."""
+    """A proxy as that of wrapt: it has the attributes of the wrapped function, but is no function."""
 
-    __slots__ = ("__wrapped__", "_seen")  # no __dict__, which is the wrapped function's, too
+    __slots__ = ("__wrapped__", "_seen")  # no __dict__ of its own: it shows that of the wrapped function
 
     def __init__(self, wrapped: Any, seen: Seen) -> None:
         self.__wrapped__, self._seen = wrapped, seen
@@ -102,7 +102,7 @@ def wrap_method_by_mock(name: str, monkeypatch: pytest.MonkeyPatch, seen: Seen) 
 
 
 def replace_code(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
-    """As tracers do that must be seen by those who hold the function: the code that was there moves to another one."""
+    """As some tracers do, so that existing references to the function are traced: the old code moves to a new function."""
     init: Any = Popen.__init__
     inner = type(init)(init.__code__, init.__globals__, init.__name__, init.__defaults__, init.__closure__)
     inner.__kwdefaults__ = init.__kwdefaults__
@@ -155,7 +155,7 @@ async def test_replaced_popen_starts_each_program(
         process = await asyncio.create_subprocess_exec("/bin/sh", "-c", "cat; exit 3", stdin=PIPE, stdout=PIPE, cwd="/")
         assert is_ours(process)
         assert await talk(process, b"x") == (b"x", None)
-        shell = await asyncio.create_subprocess_shell("exit 4", cwd="/")  # without it, Popen spawns where it can
+        shell = await asyncio.create_subprocess_shell("exit 4", cwd="/")  # without cwd, Popen may use posix_spawn()
         assert (process.returncode, await shell.wait()) == (3, 4)
     assert len(seen) == 2
     assert is_popen_unmodified()
@@ -199,11 +199,11 @@ async def test_error_of_a_replaced_popen_leaves_nothing(monkeypatch: pytest.Monk
 
 
 class FakePopen:
-    """As those of test doubles: no process at all, and a number that is nobody's."""
+    """A test double: it has no process, and a pid that no process has."""
 
     def __init__(self, args: Any, **keywords: Any) -> None:
         self.args, self.keywords = args, keywords
-        self.pid = 0x3FFFFF  # above what the kernel gives to anybody, by default
+        self.pid = 0x3FFFFF  # above the default limit of pids
         self.stdin = self.stdout = self.stderr = None
         self.returncode: int | None = None
 
@@ -215,7 +215,7 @@ class FakePopen:
 async def test_popen_without_a_process_has_its_own_returncode_or_a_lost_one(
     returncode: int | None, expected: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on asyncio's loops, which ask for a child that is none."""
+    """As on asyncio's loops, which call waitpid() for a pid that is no child."""
     monkeypatch.setattr(FakePopen, "returncode", returncode, raising=False)
 
     class Ended(FakePopen):

@@ -1,4 +1,4 @@
-"""Subprocess transports and protocols: what is told, in which order, and signals."""
+"""Subprocess transports and protocols: which methods are called, in which order, and signals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..helpers.subprocesses import (
     shell_output,
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 
@@ -40,7 +40,7 @@ async def test_protocol_is_called_once_for_each_event_and_in_order() -> None:
     assert protocol.events[0] == ("connection_made",)
     await protocol.end
     assert_in_order(protocol.events)
-    assert transport.get_protocol() is None  # as asyncio's
+    assert transport.get_protocol() is None  # as with asyncio's
 
 
 async def test_protocol_that_raises_is_called_for_the_rest_and_the_loop_gets_the_exception() -> None:
@@ -68,7 +68,7 @@ async def test_wait_returns_though_the_protocol_raises_at_the_exit() -> None:
 
 
 class Pauser(Recorder):
-    """Pauses the reading at once."""
+    """It pauses the reading at once."""
 
     def connection_made(self, transport: Any) -> None:
         self.pipe = transport.get_pipe_transport(1)

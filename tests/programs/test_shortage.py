@@ -1,4 +1,4 @@
-"""Where descriptors have run out, programs without pipes are started and watched; those with pipes fail cleanly."""
+"""Out of descriptors: programs without pipes are started and watched. Programs with pipes fail cleanly."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..helpers.subprocesses import (
     pytest_generate_tests,  # noqa: F401 - pytest looks for it in this module
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = [pytest.mark.usefixtures("plug")]
 
-# Elsewhere it is Popen that starts programs; it needs two descriptors.
+# Without clone(CLONE_PIDFD), Popen starts the programs. It needs two descriptors.
 BACKENDS = [name for name in conftest.BACKENDS if name == "pidfd"]
 
 not_nested = pytest.mark.skipif(NESTED in os.environ, reason="a filter is over the suite already")
@@ -101,7 +101,7 @@ async def test_program_that_has_ended_unnoticed_gives_its_descriptor_and_keeps_i
         os.close(read)
         os.close(write)
         for program in programs:
-            os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)  # the loop does not run meanwhile
+            os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)  # the loop does not run during this call
         last = await start("/bin/cat", stdin=PIPE, stdout=PIPE)
         await asyncio.wait_for(last.communicate(b""), 20)
         assert [await program.wait() for program in (*programs, last)] == [5] * 30 + [0]
@@ -147,7 +147,7 @@ def test_loop_in_another_thread_starts_programs_without_a_descriptor(loop_factor
 
 
 async def test_first_program_of_a_loop_needs_what_popen_needs() -> None:
-    """Two descriptors: of the registry, which keeps them."""
+    """And two descriptors more, which the registry keeps."""
     with few_descriptors(2):
         assert await (await start("/bin/sh", "-c", "exit 3")).wait() == 3
 
@@ -186,14 +186,14 @@ async def main():
         os.waitpid(-1, 0)
     except ChildProcessError:
         print("no child")
-os.kill = None  # it is not used
+os.kill = None  # not used
 aiopidfd.run(main(), loop_factory=aiopidfd.SelectorEventLoop)
 """
 
 
 @not_nested
 def test_program_whose_pidfd_the_epoll_refuses_is_ended_by_it() -> None:
-    """ENOSPC: /proc/sys/fs/epoll/max_user_watches. Nothing more can be watched then, by SIGCHLD neither."""
+    """ENOSPC: see /proc/sys/fs/epoll/max_user_watches. Nothing else can be watched then, not even by SIGCHLD."""
     program = REAPER_REFUSES.format(install=installing("epoll_add=ENOSPC"))
     result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.returncode) == (f"{errno.ENOSPC}\nTrue\nno child\n", 0), result.stderr

@@ -1,4 +1,4 @@
-"""A signal that hits a program before it is one: its parent must not run its handlers in there, in the memory of both."""
+"""A signal to a new child before its exec: it must not run a handler of its parent, whose memory it shares."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(aiopidfd.features().spawn, aiopidfd.run(main(), loop_factory=aiopidfd.Sele
 
 @pytest.mark.parametrize("refused", ["io_uring_setup", "clone3"])
 def test_signal_to_a_child_before_it_runs_its_program_ends_it_and_calls_no_handler(refused: str) -> None:
-    """By clone3, which clears all handlers, and by clone, where the child does that itself. Both filters allow the rest."""
+    """With clone3, which clears all handlers, and with clone, where the child clears them. Each filter forbids one."""
     library = str(compile_c("raises.c", "-shared", "-fPIC"))
     preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
     done = under_filter(refused, [sys.executable, "-c", _START], env={**os.environ, "LD_PRELOAD": preload})

@@ -1,4 +1,4 @@
-"""Subprocesses on loops of ours, and on other loops that a watcher is attached to: how they start, and how they end."""
+"""Subprocesses on our loops, and on other loops with a watcher: how they start, and how they end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..helpers.subprocesses import (
     talk,
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 
@@ -125,7 +125,7 @@ async def test_process_gets_a_group_of_its_own() -> None:
 async def test_pipes_have_the_size_that_was_asked_for() -> None:
     process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE, pipesize=8192)
     popen = process._transport.get_extra_info("subprocess")  # type: ignore[attr-defined] # there is no public way
-    f_getpipe_sz = 1032  # fcntl.F_GETPIPE_SZ, which Python knows since 3.10
+    f_getpipe_sz = 1032  # fcntl.F_GETPIPE_SZ, new in Python 3.10
     assert [fcntl.fcntl(pipe, f_getpipe_sz) for pipe in (popen.stdin, popen.stdout)] == [8192, 8192]
     await process.communicate(b"")
 
@@ -174,7 +174,7 @@ BAD_CALLS: list[Any] = [
 
 
 def error_of(loop_factory: LoopFactory, **keywords: Any) -> tuple[object, ...]:
-    """What creating a subprocess raises on such a loop."""
+    """The exception of a failed start on such a loop."""
 
     async def create() -> Any:
         call = {"program": "/bin/true", **keywords}
@@ -223,7 +223,7 @@ async def test_protocol_factory_that_raises_starts_no_process(monkeypatch: pytes
 @pytest.mark.parametrize("free", range(12))
 @pytest.mark.parametrize("keywords", [{}, BY_POPEN], ids=["in C", "by Popen"])
 async def test_shortage_of_descriptors_starts_no_process_and_leaves_nothing(free: int, keywords: dict[str, Any]) -> None:
-    await output_of("/bin/true")  # what is opened once is open now
+    await output_of("/bin/true")  # so that all is open that a loop opens once
     process = None
     with few_descriptors(free):
         try:
@@ -282,7 +282,7 @@ async def test_many_tasks_wait_for_one_process() -> None:
 
 
 async def test_cancelled_waits_leave_nothing_behind() -> None:
-    """Polling with wait_for() is common; each cancelled future was kept until the exit."""
+    """Polling with wait_for() is common. A cancelled future must not stay until the exit."""
     process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE)
     for _ in range(5):
         with pytest.raises(asyncio.TimeoutError):

@@ -1,4 +1,4 @@
-"""Subprocesses whose start is cancelled or fails half-way, or whose status or loop is gone: nothing is left behind."""
+"""Subprocesses whose start is cancelled or fails, or whose status or loop is gone: nothing is left behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..helpers.subprocesses import (
     talk,
 )
 
-# Each test runs on loops of our classes and on other loops that we plug into: see `plug`.
+# Each test runs on loops of our classes, and on other loops with a watcher: see `plug`.
 pytestmark = pytest.mark.usefixtures("plug")
 
 
@@ -111,7 +111,7 @@ async def test_process_that_cannot_be_watched_is_ended(monkeypatch: pytest.Monke
 async def test_cancellation_does_not_wait_for_a_process_that_may_not_be_killed(
     monkeypatch: pytest.MonkeyPatch, started: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As it is if it has become another user. It stays watched."""
+    """It may run as another user by now. It stays watched."""
 
     def refuse(*args: Any) -> bool:
         raise PermissionError(errno.EPERM, "not allowed")
@@ -132,7 +132,7 @@ async def test_cancellation_does_not_wait_for_a_process_that_may_not_be_killed(
         assert (await ended).source == "reaped"
 
 
-@pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")  # Popen's, of a process that is dropped while it runs
+@pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")  # of a Popen that is dropped while its process runs
 async def test_failed_creation_does_not_wait_for_a_process_that_may_not_be_killed(
     monkeypatch: pytest.MonkeyPatch, started: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,7 +153,7 @@ async def test_failed_creation_does_not_wait_for_a_process_that_may_not_be_kille
         gc.collect()
         release()
         await_end(pid)
-        subprocess.run(["/bin/true"], check=True)  # Popen reaps what it was left with when it starts another
+        subprocess.run(["/bin/true"], check=True)  # Popen reaps old children when it starts another one
         assert_reaped(pid)
 
 
@@ -161,7 +161,7 @@ async def test_failed_creation_does_not_wait_for_a_process_that_may_not_be_kille
 async def test_shortage_of_descriptors_leaves_no_process_and_no_descriptor(
     started: list[int], free: int, backend: str
 ) -> None:
-    """Whatever step it hits: the process runs, or there is none."""
+    """Whichever step fails: either the process runs, or there is none."""
     if backend == "sigchld" and sys.version_info < (3, 11, 4):
         pytest.skip("Popen itself leaves pipes open before Python 3.11.4: python/cpython#87474")
     await shell_output("echo")  # the loop's own descriptors
@@ -196,7 +196,7 @@ async def test_shortage_of_descriptors_leaves_no_process_and_no_descriptor(
 
 @pytest.fixture
 def other_reaper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]], None]:
-    """Has each process ended, and its status taken, before Popen returns it."""
+    """End each process and reap it, before Popen returns it."""
     real = subprocess.Popen
 
     def install(reap_first: Callable[[Any], object]) -> None:
@@ -239,7 +239,7 @@ def test_closed_loop_leaves_no_pidfd_and_later_no_zombie(loop_factory: LoopFacto
         assert not [what for what in open_descriptors().values() if what.startswith(("pidfd:", "anon_inode:[pidfd]"))]
         del process, loop
         gc.collect()
-        os.kill(pid, 0)  # it lives
+        os.kill(pid, 0)  # it runs
         release()
         await_end(pid)
         run_on(loop_factory, shell_output("echo"))
@@ -253,7 +253,7 @@ async def asyncio_create(loop: asyncio.AbstractEventLoop, script: str, **keyword
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_transport_can_be_closed_after_its_loop(loop_factory: LoopFactory) -> None:
-    """asyncio's own raised "Event loop is closed" until Python 3.14."""
+    """asyncio's own transport raised "Event loop is closed" until Python 3.14."""
     loop = loop_factory()
     transport, _ = loop.run_until_complete(loop.subprocess_exec(asyncio.SubprocessProtocol, "/bin/cat"))
     pid = transport.get_pid()
@@ -261,7 +261,7 @@ def test_transport_can_be_closed_after_its_loop(loop_factory: LoopFactory) -> No
     transport.close()
     assert transport.is_closing()
     del transport, _, loop
-    gc.collect()  # closes its stdin: cat ends
+    gc.collect()  # closes its stdin, so cat exits
     await_end(pid)
     run_on(loop_factory, shell_output("echo"))
     assert_reaped(pid)
