@@ -1,4 +1,4 @@
-"""`afork`: a forked child that starts clean, is watched before it runs, and has a handle.
+"""`afork()`: a forked child that inherits no event loop, is watched before it runs any code, and has a handle.
 
-It knows nothing of fork servers.
+This wing knows nothing of fork servers.
 """

@@ -1,4 +1,4 @@
-"""`afork()`: fork the running server, and wait until the child is ready."""
+"""`afork()`: fork this process, and wait until the child is ready."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from .child import ChildSpec, Options, Ready, close_inherited_ready_fd, init_chi
 from .child_exit import flush_streams, mark_inherited_finalizers
 from .handle import AbstractChildProcess, ExitObserver, prepare_child, watch_prepared
 
-# Forks a child that stands at the gate and calls what is given: `fork` or `clone`.
+# Forks a child that waits at the start gate and then calls the child main. This is fork() or clone().
 Fork = Callable[[Registry, StartGate, syscalls.ChildMain], None]
 
 _T = TypeVar("_T")
 
-# How long a child that has closed its end of the gate without a word may take to end, before it is killed.
+# How long a child may take to exit after it has closed the start gate without READY. After that it is killed.
 _EXIT_TIMEOUT_S = 1.0
 
 _COROUTINE_OR_GENERATOR = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 
-# The parent's ends of the gates of fork servers' workers, and their like: no other child may hold a copy.
+# Sockets between this process and a fork server or its workers. No other child may hold a copy of them.
 _parent_sockets: set[socket.socket] = set()
 
 
 class ChildStartError(Exception):
-    """A forked child has ended before it was ready. `exit_status` tells how."""
+    """A forked child exited before it was ready. `exit_status` is its exit status."""
 
     def __init__(self, message: str, exit_status: ExitStatus) -> None:
         super().__init__(message, exit_status)
@@ -60,30 +60,33 @@ async def afork(
 ) -> AbstractChildProcess:
     """Fork this process, run `child_func` in the child, and return its handle once the child is ready.
 
-    The child is a real fork: closures work, nothing is pickled, memory is shared until it is written to. It starts clean:
-    no running loop, no current task, no wakeup descriptor, every signal that Python or a loop handled at its default (SIGINT
-    raises KeyboardInterrupt), the signal mask as it was. Handlers of C libraries stay. It may run
-    a loop of its own, and afork in turn. It never comes back into the parent's code: it ends with `child_func`.
+    The child is a real fork. Closures work, nothing is pickled, and memory is shared until it is written to.
 
-    The child's end: None or 0..255 from `child_func` is its exit code. Anything else, and an exception, is a traceback and
-    exit code 1. SystemExit does what it does in the interpreter. KeyboardInterrupt ends the child by SIGINT (-2).
+    The child has no running event loop, no current task and no wakeup descriptor. Signals that Python or a loop handled have
+    their default action, and SIGINT raises KeyboardInterrupt. The signal mask is the parent's. Signal handlers of C
+    libraries stay. The child may run an event loop of its own, and may call afork(). It never returns into the parent's
+    code: it exits when `child_func` returns.
 
-    Forking a process that has other threads is unsafe: a lock that one of them holds is never released in the child.
-    Python 3.12+ warns of it, and so does this call, before it forks.
+    The exit code is the return value of `child_func` if that is an int from 0 to 255, and 0 if it is None. For any other
+    value, and for an exception, the child prints a traceback and exits with code 1. SystemExit is handled as the interpreter
+    handles it. KeyboardInterrupt kills the child by SIGINT (returncode -2).
+
+    It is unsafe to fork a process that has other threads. A lock that another thread holds is never released in the child.
+    Python 3.12+ warns about this after the fork. This function gives the same warning before the fork.
 
     Args:
-        ready: "auto": ready when it is clean and signals reach it. "manual": when it calls `notify_ready()`; until then this
-            call waits (put `asyncio.timeout` or `asyncio.wait_for` around it).
+        ready: "auto": the child is ready when it has reset what it inherits, and signals reach it. "manual": the child is
+            ready when it calls notify_ready(). Use asyncio.timeout() or asyncio.wait_for() to limit the time.
         start_new_session: call setsid(2) in the child.
-        process_group: call setpgid(2) in the child with this group; 0 makes a new one.
-        pdeathsig: the signal that the child gets when its parent dies: more exactly, when the *thread* that forked it ends.
+        process_group: call setpgid(2) in the child with this group. 0 makes a new group.
+        pdeathsig: the signal that the child gets when the *thread* that forked it exits. See PR_SET_PDEATHSIG(2const).
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be; nothing was created.
-        ChildStartError: the child ended before it was ready. It has been reaped.
-        OSError: EAGAIN, ENOMEM: fork(2) failed. EMFILE, ENFILE: out of descriptors.
+        TypeError, ValueError: an argument is invalid. No child was made.
+        ChildStartError: the child exited before it was ready. It has been reaped.
+        OSError: EAGAIN, ENOMEM: fork(2) failed. EMFILE, ENFILE: too many open files.
 
-    Cancellation kills the half-made child and reaps it before it goes on.
+    Cancellation kills and reaps the child if it is not ready yet.
     """
     options = Options(ready, start_new_session, process_group, pdeathsig)
     check_arguments(child_func, options)
@@ -95,8 +98,8 @@ async def afork(
 async def start_child(
     loop: asyncio.AbstractEventLoop, child_func: Callable[[], int | None], options: Options, fork_: Fork
 ) -> AbstractChildProcess:
-    """Fork by `fork_`, and return the child's handle once it is ready. Raises, and is cancelled, as `afork`."""
-    child = prepare_child(loop, options.pgid)  # fails before the fork if it must
+    """Fork by `fork_`, and return the child's handle once the child is ready. Errors and cancellation are as in afork()."""
+    child = prepare_child(loop, options.pgid)  # may raise, so it is called before the fork
     gates, end = child._registry.gates, child._exit
     gate = gates.make(loop)
     try:
@@ -113,19 +116,19 @@ async def start_child(
 
 
 def check_arguments(child_func: object, options: Options) -> None:
-    """TypeError, ValueError: this is not what a child can be made of."""
+    """Raise TypeError or ValueError if an argument of afork() is invalid."""
     if not callable(child_func):
         raise TypeError(f"child_func must be callable, not {type(child_func).__name__}")
-    # Nearly all are plain functions, which one look tells.
+    # The first test is cheap, and enough for nearly all functions. The others are slow.
     if (
         not isinstance(child_func, FunctionType)
         or child_func.__code__.co_flags & _COROUTINE_OR_GENERATOR
         or child_func.__dict__
     ):
         if inspect.iscoroutinefunction(child_func) or inspect.isasyncgenfunction(child_func):
-            raise TypeError("child_func must be a plain function; let it call asyncio.run() to run a coroutine")
+            raise TypeError("child_func must not be a coroutine function (call asyncio.run() inside a plain function)")
         if inspect.isgeneratorfunction(child_func):
-            raise TypeError("child_func must be a plain function, not a generator function")
+            raise TypeError("child_func must not be a generator function")
     if options.ready not in ("auto", "manual"):
         raise ValueError(f"ready must be 'auto' or 'manual', not {options.ready!r}")
     group = options.process_group
@@ -133,22 +136,22 @@ def check_arguments(child_func: object, options: Options) -> None:
         if not isinstance(group, int) or isinstance(group, bool):
             raise TypeError(f"process_group must be an int or None, not {type(group).__name__}")
         if group < 0:
-            raise ValueError(f"process_group must not be negative, and is {group}")
+            raise ValueError(f"process_group must be >= 0, not {group}")
         if options.start_new_session:
-            raise ValueError("start_new_session makes a process group of its own; process_group cannot be given, too")
+            raise ValueError("process_group and start_new_session are mutually exclusive")
     if options.pdeathsig is not None and options.pdeathsig not in signal.valid_signals():
-        raise ValueError(f"pdeathsig must be a signal number or None, not {options.pdeathsig!r}")
+        raise ValueError(f"pdeathsig must be a valid signal number or None, not {options.pdeathsig!r}")
 
 
 def warn_of_threads(stacklevel: int = 3) -> None:
-    """Warn of other threads before the fork, as Python 3.12+ does after it, and in the name of the caller's line.
+    """Warn about other threads before the fork, with the caller's line. Python 3.12+ warns after the fork.
 
-    Before, since a warning that a filter turns into an exception must not lose a child that exists already.
+    A filter may turn the warning into an exception. Before the fork there is no child that could be lost.
     """
     if sys.version_info >= (3, 12) and (threads.count_threads() or 1) > 1:
         warnings.warn(
             f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child. "
-            "Fork before threads are started.",
+            "Call afork() before threads are started, or use a ForkServer.",
             DeprecationWarning,
             stacklevel=stacklevel,
         )
@@ -166,16 +169,16 @@ def register_parent_socket(sock: socket.socket) -> None:
 
 
 def install_fork_hook() -> None:
-    """Have each forked child close what only its parent may hold."""
+    """Have each forked child close what only its parent may hold. A second call does nothing."""
     call_in_forked_children(_after_fork_in_child)
 
 
 def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: Fork) -> AbstractChildProcess:
-    """Fork, and let the child out of its gate once it is watched. Return its handle, detached."""
+    """Fork, and release the child from its start gate once it is watched. Return its handle, detached."""
     install_fork_hook()
     child._exit.future.add_done_callback(gate.on_exit)
     mark_inherited_finalizers()
-    flush_streams()  # else both of us would write what is buffered
+    flush_streams()  # or parent and child would both write the buffered output
     fork_(child._registry, gate, partial(run_child, partial(init_child, spec)))
     if not child._registry.release(child._child, gate):
         child = watch_prepared(child, gate.struct.pid, gate.struct.pidfd)
@@ -185,7 +188,7 @@ def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: 
 
 
 async def _undo_fork(registry: Registry, end: ExitObserver, gate: StartGate) -> None:
-    """Kill and reap a child whose caller gets an error instead, however often we are interrupted or cancelled meanwhile."""
+    """Kill and reap a child whose caller gets an exception. Interrupts and cancellation do not stop this."""
     is_watched = _retry_until_done(partial(registry.kill_forked, gate, end))
     _retry_until_done(partial(end.future.remove_done_callback, gate.on_exit))
     _retry_until_done(partial(registry.gates.close, gate))
@@ -195,14 +198,14 @@ async def _undo_fork(registry: Registry, end: ExitObserver, gate: StartGate) -> 
 
 
 def _retry_until_done(function: Callable[[], _T]) -> _T:
-    """Call a function until it has returned; what a signal handler raises meanwhile gives way to what is being raised."""
+    """Call `function` until it returns. Drop what signal handlers raise: the caller raises an exception already."""
     while True:
         with contextlib.suppress(BaseException):
             return function()
 
 
 def kill_and_reap_unwatched(pid: int, pidfd: int) -> None:
-    """Kill and reap a child that stands at its gate, so that nobody can have reaped it: the pid is still its own."""
+    """Kill and reap a child that waits at its start gate and is not watched. It has not exited, so the pid is its own."""
     os.kill(pid, signal.SIGKILL)
     syscalls.wait_id(syscalls.P_PID, pid, os.WEXITED)
     if pidfd >= 0:
@@ -210,12 +213,13 @@ def kill_and_reap_unwatched(pid: int, pidfd: int) -> None:
 
 
 def fork(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -> None:
-    """Fork as os.fork does, without its warning of threads."""
+    """Fork by os.fork(), without its warning about threads."""
     if sys.version_info < (3, 12):
         registry.fork(gate, child_main, os.fork)
         return
     with warnings.catch_warnings():
-        # warn_of_threads has said it. So narrow that it does no harm if another thread's catch_warnings makes it stay.
+        # warn_of_threads() has warned already. catch_warnings() is not thread-safe, so this filter may stay in place if
+        # another thread uses it at the same time. The filter is so narrow that this does no harm.
         warnings.filterwarnings(
             "ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning, syscalls.__name__
         )
@@ -223,12 +227,12 @@ def fork(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) ->
 
 
 def clone(registry: Registry, gate: StartGate, child_main: syscalls.ChildMain) -> None:
-    """Fork by clone(2), in the one thread of a process that has no other."""
+    """Fork by clone(2). This process must have one thread only."""
     registry.fork(gate, child_main, None)
 
 
 def _after_fork_in_child() -> None:
-    """In any forked child: let go of the gates, so that each has one holder on either side."""
+    """In any forked child, close the parent's sockets, so that each has one owner at each end."""
     if _parent_sockets:
         for sock in _parent_sockets:
             sock.close()
@@ -239,32 +243,37 @@ def _after_fork_in_child() -> None:
 async def wait_until_ready(
     child: AbstractChildProcess, ready: asyncio.Future[bool], name: str, explain: Callable[[], str] = str
 ) -> None:
-    """Wait until the child is ready. ChildStartError, which ends with what `explain` returns: it never will be."""
+    """Wait until the child is ready.
+
+    Raises:
+        ChildStartError: the child exited first, or was killed since it cannot become ready. The message ends with the text
+            that `explain` returns.
+    """
     end: asyncio.Future[ExitStatus] = child._exit.future
     await asyncio.wait({ready, cast("asyncio.Future[bool]", end)}, return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and ready.result():
         return
-    why = "ended before it was ready"
-    if not end.done():  # it has closed its end of the gate: in dying, we trust, unless it has called exec
+    why = "exited before it was ready"
+    if not end.done():  # it has closed its end of the start gate: it is about to exit, or it has called exec
         cause = "called exec" if proc.has_called_exec(child.pid) else ""
         if not cause:
             await asyncio.wait([end], timeout=_EXIT_TIMEOUT_S)
             cause = "" if end.done() else "called exec, or closed all descriptors,"
         if cause:
             kill(child)
-            why = f"{cause} before it was ready, and was killed; call notify_ready() before that, or use ready='auto'"
+            why = f"{cause} before it was ready, and was killed (call notify_ready() first, or use ready='auto')"
     status = await asyncio.shield(end)
     raise ChildStartError(f"{name} {why}: {status!r}{explain()}", status)
 
 
 def kill(child: AbstractChildProcess) -> None:
-    """Kill a child that runs, without a word in the log: it is half-made, and its handle was never given out."""
+    """Kill a child if it runs. Log nothing: nobody has its handle yet."""
     if child.returncode is None:
         child._registry.send_signal(child._child, signal.SIGKILL)
 
 
 async def kill_and_reap(child: AbstractChildProcess) -> None:
-    """Kill a child that is not ready, and reap it, however often we are cancelled meanwhile."""
+    """Kill a child that is not ready, and reap it. Cancellation does not stop this."""
     kill(child)
     while not child._exit.future.done():
         with contextlib.suppress(asyncio.CancelledError):

@@ -1,7 +1,8 @@
-"""The life of a forked child: it is made clean, runs its function, and ends without a way back into its parent's code.
+"""What a forked child runs: reset what it inherits, call child_func, run exit handlers, exit.
 
-What it does until it is ready costs by the number of pages that it writes to, for each of them is copied first. A function
-of Python's has some, and so has the first look at an attribute of a module: hence many names that are this module's own.
+The child never returns into the parent's code. After a fork, the kernel copies each page of memory when it is first written
+to. These copies are most of the time that a child needs to become ready. A call of a Python function writes to some pages,
+and so does the first lookup of a module attribute. So this code calls few functions, and imports names instead of modules.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ Ready = Literal["auto", "manual"]
 
 _UNKNOWN = object()
 
-# In a forked child, where to say that it is ready: the gate's descriptor; -1 once said. None: this process was not aforked.
+# The descriptor of the start gate, where this child sends READY; -1 when it is sent. None: afork() has not made this
+# process.
 _ready_fd: int | None = None
 
 
 class Options(NamedTuple):
-    """What the caller of `afork` has asked for."""
+    """The options of `afork()`."""
 
     ready: Ready = "auto"
     start_new_session: bool = False
@@ -42,12 +44,12 @@ class Options(NamedTuple):
 
     @property
     def pgid(self) -> int | None:
-        """The process group that the child will be in, 0 for one of its own; None: the parent's."""
+        """The child's process group: 0 for a new one, None for the parent's."""
         return 0 if self.start_new_session else self.process_group
 
 
 class ChildSpec(NamedTuple):
-    """What a child needs to know of itself before it runs."""
+    """What a forked child needs to start."""
 
     child_func: Callable[[], int | None]
     options: Options
@@ -74,20 +76,23 @@ def run_child(init: Callable[[int, int], Callable[[], object]], gate: int, mask:
     else:
         flush_streams(BaseException)
     if code >= 0:
-        os._exit(code)  # not C's, since tracers of coverage and their like replace it
+        os._exit(code)  # not C's _exit(): coverage tools replace os._exit
 
 
 def init_child(spec: ChildSpec, gate: int, mask: int) -> Callable[[], object]:
-    """Make a newly forked child clean, all signals blocked until then, tell that it is ready; return what it is to run."""
+    """Reset what a newly forked child inherits, report that it is ready, and return what it runs.
+
+    Signals are blocked until the child has its own handlers.
+    """
     child_func, options, loop, context = spec
     try:
-        # While the parent sees to it that we are watched.
+        # This runs while the parent registers the child.
         _reset_inherited_state(loop, gate)
     finally:
-        # Not before we are: we could be reaped by somebody else.
+        # Wait for RELEASE even after an error: a child that exits before it is watched could be reaped by other code.
         if not os.read(gate, 1):
             _reveal_pid(gate)
-            raise SystemExit(1)  # the parent has given us up
+            raise SystemExit(1)  # the parent has cancelled the start
     apply_options(options, gate, mask)
     if options[0] == "auto":
         notify_ready()
@@ -96,73 +101,77 @@ def init_child(spec: ChildSpec, gate: int, mask: int) -> Callable[[], object]:
 
 
 def _reveal_pid(gate: int) -> None:
-    """Have a parent that does not know our pid learn it from the kernel. See `find_lost_child` in fork.c."""
-    with contextlib.suppress(OSError):  # it does not listen
+    """Send a byte. The kernel adds this process's pid, which the parent may not know. See `find_lost_child` in fork.c."""
+    with contextlib.suppress(OSError):  # EPIPE, ECONNRESET: the parent has closed the start gate
         os.write(gate, READY)
 
 
 def _reset_inherited_state(loop: asyncio.AbstractEventLoop, gate: int) -> None:
-    """Take off everything that was the parent's."""
-    detach_epolls(gate)  # first: nothing that follows can then change what the parent's loops watch
+    """Reset the event loop, the current task and the signal handlers that belong to the parent."""
+    detach_epolls(gate)  # first, so that nothing below can change the parent's epolls
     reset_signals()
     task = current_task(loop)
     if task is not None:
         _leave_task(loop, task)
     _set_running_loop(None)
     policy = getattr(events, "_event_loop_policy", _UNKNOWN)
-    if policy is not None:  # else there is no loop set, nor a policy made
+    if policy is not None:  # without a policy no loop is set
         try:
             unset_event_loop(policy)
-        except Exception:  # a policy of somebody's
+        except Exception:  # an application's policy may raise anything
             print_exception()
 
 
 def apply_options(options: Options, gate: int, mask: int) -> None:
-    """Give a clean child what was asked for, its descriptor to say on that it is ready, and its signals."""
+    """Apply the caller's options, note the descriptor for READY, and restore the signal mask."""
     _, start_new_session, process_group, pdeathsig = options
     if start_new_session:
         os.setsid()
     elif process_group is not None:
         os.setpgid(0, process_group)
     if pdeathsig is not None and not set_pdeathsig(pdeathsig, gate):
-        os.kill(os.getpid(), pdeathsig)  # the parent has died already, and nobody will tell us any more
-    global _ready_fd  # noqa: PLW0603 - a process is born once
+        os.kill(os.getpid(), pdeathsig)  # the parent has exited already, so the kernel sends no signal
+    global _ready_fd  # noqa: PLW0603 - a process starts once
     _ready_fd = gate
     note_ready_fd(gate)
     set_signal_mask(mask)
 
 
 def notify_ready() -> None:
-    """In a child forked with `ready="manual"`: let the parent's `afork` return. A second call does nothing.
+    """Report that this child is ready. The parent's `afork(..., ready="manual")` returns then.
+
+    A second call does nothing.
 
     Raises:
-        RuntimeError: this process was not made by `afork`; or it has closed the descriptor to say so on, as one of all.
+        RuntimeError: this process was not made by afork(), or it has closed the descriptor for this report.
     """
     global _ready_fd
     if _ready_fd is None:
-        raise RuntimeError("notify_ready() is for a child made by afork()")
+        raise RuntimeError("notify_ready() can only be called in a child made by afork()")
     fd, _ready_fd = _ready_fd, -1
     if fd >= 0:
-        if not is_ready_fd(fd):  # closed, or a stranger's by now
-            raise RuntimeError("notify_ready() was called after its descriptor was closed; call it before you close all")
+        if not is_ready_fd(fd):  # it is closed, and the number may belong to another file now
+            raise RuntimeError(
+                "the descriptor of notify_ready() is closed (call notify_ready() before closing all descriptors)"
+            )
         try:
             os.write(fd, READY)
-            os.sched_yield()  # to the parent: on the same CPU it would have to wait for the end of our time slice
-        except BrokenPipeError:  # the parent does not wait any more
+            os.sched_yield()  # on the same CPU the parent would have to wait for the end of this time slice
+        except BrokenPipeError:  # the parent no longer waits
             pass
         finally:
             os.close(fd)
 
 
 def pop_ready_fd() -> int:
-    """Return the descriptor on which the parent is still to be told that we are ready, to be closed; -1 if it is not."""
+    """Return the descriptor for READY, which the caller closes; -1 if READY is sent or the descriptor is closed."""
     global _ready_fd
     fd, _ready_fd = _ready_fd, -1
     return -1 if fd is None or not is_ready_fd(fd) else fd
 
 
 def close_inherited_ready_fd() -> None:
-    """In a child of an aforked child: the readiness to tell of is not ours."""
+    """In a child of a child made by afork(), close the descriptor for READY. It belongs to the parent."""
     global _ready_fd
     if _ready_fd is None:
         return
@@ -172,21 +181,21 @@ def close_inherited_ready_fd() -> None:
 
 
 def to_exit_code(result: object) -> int:
-    """Return the exit code for what child_func has returned. TypeError: there is none."""
+    """Return the exit code for the return value of child_func. Raise TypeError if there is none."""
     if result is None:
         return 0
     if isinstance(result, int) and 0 <= result <= 255:
         return int(result)
-    raise TypeError(f"child_func must return None or an int from 0 to 255, not {result!r}")
+    raise TypeError(f"child_func must return None or an int in range(256), not {result!r}")
 
 
 def _system_exit_code(exc: SystemExit) -> int:
-    """Do what the interpreter does with SystemExit."""
+    """Return the exit code of SystemExit, and print its message, as the interpreter does."""
     if exc.code is None:
         return 0
     if isinstance(exc.code, int):
         return exc.code & 0xFF
-    with contextlib.suppress(BaseException):  # there is nobody else to tell
+    with contextlib.suppress(BaseException):  # stderr is broken, so there is no place to report that
         if sys.stderr is not None:
             print(exc.code, file=sys.stderr)
     return 1

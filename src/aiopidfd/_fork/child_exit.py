@@ -1,12 +1,13 @@
-"""The last steps of a forked child: what the interpreter and multiprocessing do before a process exits.
+"""The exit handlers of a forked child: what the interpreter and multiprocessing do before a process exits.
 
-A child ends by os._exit(), which does none of it. Facts of the standard library that this rests on:
+A child exits by os._exit(), which runs no exit handlers. Facts about the standard library:
 
-* atexit, weakref.finalize and multiprocessing.util each keep one list for the process, which a fork copies. They register
-  with atexit once, so to clear atexit's list loses what the child's own finalizers and mp.Process objects need.
-* multiprocessing calls threading._shutdown() and util._exit_function() at the end of its children, and
-  util._run_after_forkers() at their start: without that an mp.Queue that the parent has put something into sends nothing.
-* threading._shutdown() calls what concurrent.futures registers, which wakes the threads of all executors, the parent's too.
+* atexit, weakref.finalize and multiprocessing.util each keep one list for the process. A fork copies these lists.
+* weakref.finalize and multiprocessing.util register with atexit once. After atexit's list is cleared, it does not call them.
+* multiprocessing calls util._run_after_forkers() when its children start. Without this call, an mp.Queue that the parent has
+  used sends nothing.
+* multiprocessing calls threading._shutdown() and util._exit_function() before its children exit.
+* threading._shutdown() calls the handlers of concurrent.futures. They wake the threads of all executors, also the parent's.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ _clear_atexit: Callable[[], None] = atexit._clear
 _finalizers: dict[finalize[Any, Any], Any] = finalize._registry  # type: ignore[attr-defined] # not in typeshed, as the next
 _next_index: Callable[[], int] = finalize._index_iter.__next__  # type: ignore[attr-defined]
 
-# Numbers of finalizers that nobody has: below the first one are those of before the last fork, below the other the parent's.
+# Indices of finalizers. Those below _fork_index were made before the last fork. Those below _first_own_index are the
+# parent's.
 _fork_index = _first_own_index = 0
 
 
 def mark_inherited_finalizers() -> None:
-    """In the parent, before a fork: note which finalizers are its own."""
+    """In the parent, before a fork, note which finalizers exist."""
     global _fork_index  # noqa: PLW0603 - read in the child
     _fork_index = _next_index()
 
 
 def reset_exit_handlers() -> None:
-    """In a newly forked child, before it runs anything: forget what the parent has registered for its own exit."""
-    global _first_own_index  # noqa: PLW0603 - a process is born once
+    """In a newly forked child, drop the parent's exit handlers."""
+    global _first_own_index  # noqa: PLW0603 - a process starts once
     _first_own_index = _fork_index
     _clear_atexit()
-    if isinstance(threading.main_thread(), threading._DummyThread):  # forked by a thread that C has made; see _shutdown()
+    if isinstance(threading.main_thread(), threading._DummyThread):  # forked by a thread of a C library; see _shutdown()
         threading._main_thread = threading._MainThread()  # type: ignore[attr-defined] # not in typeshed
     if "multiprocessing.util" in sys.modules:
         try:
@@ -60,7 +62,7 @@ def _reset_multiprocessing(util: Any, process: Any) -> None:
 
 
 def run_exit_handlers() -> None:
-    """At the end of a child: wait for its threads and run what it has registered. What fails does not change how it ends."""
+    """Before a child exits, wait for its threads and run its exit handlers. Errors do not change its exit status."""
     for step in (_finish_threads, atexit._run_exitfuncs, _finish_multiprocessing, _run_finalizers):
         try:
             step()
@@ -70,23 +72,23 @@ def run_exit_handlers() -> None:
 
 
 def _finish_threads() -> None:
-    """Wait for the threads that the child has started, as the interpreter does before it exits."""
+    """Wait for the child's threads, as the interpreter does before it exits."""
     for name, attribute in ("thread", "_threads_queues"), ("process", "_threads_wakeups"):
         executors = getattr(sys.modules.get(f"concurrent.futures.{name}"), attribute, {})
         for thread in list(executors):
-            if not thread.is_alive():  # it is the parent's, and so is the pipe by which it is woken
+            if not thread.is_alive():  # the parent's thread: a write to its wakeup pipe would reach the parent
                 del executors[thread]
     threading._shutdown()  # type: ignore[attr-defined] # not in typeshed; what multiprocessing's children call, too
 
 
 def _finish_multiprocessing() -> None:
-    """End the daemonic processes that the child has started, join the others, and send what is in its queues."""
+    """Terminate the child's daemonic processes, join the others, and flush its queues."""
     if "multiprocessing.util" in sys.modules:
         sys.modules["multiprocessing.util"]._exit_function()
 
 
 def _run_finalizers() -> None:
-    """Run the finalizers that were made in the child, the latest first."""
+    """Run the finalizers that were made in the child, the newest first."""
     while finalizer := _find_finalizer():
         try:
             finalizer()
@@ -105,17 +107,17 @@ def _find_finalizer() -> finalize[Any, Any] | None:
 
 
 def print_exception() -> None:
-    """Print the traceback of the exception that is being handled, if it can be printed."""
-    with contextlib.suppress(BaseException):  # there is nobody else to tell
-        if sys.stderr is not None:  # else it would go to stdout
+    """Print the traceback of the current exception, if stderr works."""
+    with contextlib.suppress(BaseException):  # stderr is broken, so there is no place to report that
+        if sys.stderr is not None:  # print_exc() would fail
             traceback.print_exc()
 
 
 def flush_streams(failures: type[BaseException] = Exception) -> None:
-    """Write out what stdout and stderr have buffered, if they are streams and can still be written to.
+    """Flush stdout and stderr, and ignore `failures`.
 
-    `failures` are what is kept quiet. Not all in a parent: KeyboardInterrupt is a signal handler's, and for its caller.
+    In a parent, not all exceptions are ignored: a signal handler may raise KeyboardInterrupt, which is for the caller.
     """
     for name in ("stdout", "stderr"):
-        with contextlib.suppress(failures):  # it is closed, None, broken, or no stream at all
+        with contextlib.suppress(failures):  # it is closed, None, broken, or not a stream
             getattr(sys, name).flush()

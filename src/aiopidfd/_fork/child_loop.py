@@ -1,8 +1,11 @@
-"""What a forked child forgets of its parent: the event loop that is set, and whom its child watcher watches.
+"""In a forked child, unset the parent's event loop, and clear the child watcher.
 
-Facts of asyncio: a policy keeps the loop that is set in its `_local`. On Python 3.9 to 3.13 it has a child watcher, too.
-To set no loop detaches the watcher from the one before, which warns of pending handlers, and touches that loop and SIGCHLD.
-A watcher that is kept as it is would in a child go on to wait for the parent's children, at the next loop that is set.
+Facts about asyncio:
+
+* A policy keeps the current event loop in `_local._loop`. On Python 3.9 to 3.13 it has a child watcher, too.
+* set_event_loop(None) detaches the child watcher from the old loop. This warns about pending handlers, and changes the old
+  loop and the handler of SIGCHLD.
+* A child watcher that is not cleared would wait for the parent's children when the child sets a loop of its own.
 """
 
 from __future__ import annotations
@@ -13,18 +16,18 @@ from typing import Any
 
 from .._loops.policy import make_policy_class
 
-# Whose set_event_loop does no more than to set it, and to tell the child watcher.
+# Modules of policies whose set_event_loop() only sets the loop and attaches the child watcher.
 _SIMPLE_POLICY_MODULES = frozenset({"asyncio.events", "asyncio.unix_events", make_policy_class.__module__})
 
 _WATCHERS = "_watcher", "_aiopidfd_watcher"
 
-# What asyncio's watchers know of loops, children and signals, by the names of attributes, and what a new one knows.
+# Attributes of asyncio's child watchers: those that are set to the value of a new watcher, and those that are cleared.
 _INITIAL_VALUES: dict[str, object] = {"_loop": None, "_saved_sighandler": None, "_forks": 0}
 _CONTAINERS = "_callbacks", "_zombies", "_threads"
 
 
 def unset_event_loop(policy: object) -> None:
-    """Have no loop set, in the way of `policy`, and its child watcher know of no loop and no child."""
+    """Unset the event loop of `policy`, and clear its child watcher."""
     attributes: dict[str, Any] = getattr(policy, "__dict__", {})
     for name in _WATCHERS:
         if attributes.get(name) is not None:

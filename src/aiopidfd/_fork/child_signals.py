@@ -1,10 +1,11 @@
-"""Signal handlers in a forked child: those of Python code and of loops are reset, those of C libraries stay.
+"""Signal handlers in a forked child: handlers of Python code and of event loops are reset, handlers of C libraries stay.
 
-A handler of Python code would run the parent's code in the child, and one of a loop would wake the parent's loop. Any other
-belongs to a C library, and the child has a copy of its state: faulthandler, a sanitizer, the runtime of another language.
+A Python handler would run the parent's code in the child. A loop's handler would wake the parent's loop. Any other handler
+belongs to a C library, such as faulthandler, a sanitizer or the runtime of another language. It works in the child, which
+has a copy of the library's state.
 
-Facts: Python has one C handler for all signals that it handles, and a Python function for each. A C library's handler may
-call the handler that it has replaced. If that is Python's, the Python function runs.
+Facts: Python has one C handler for all signals, and one Python function for each signal. A C library's handler may call the
+handler that it has replaced. If that is Python's C handler, the Python function runs.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ _IGNORED_BY_DEFAULT = frozenset({signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH,
 
 
 def reset_signals() -> None:
-    """Set each signal that Python or a loop handles to its default, SIGINT to KeyboardInterrupt.
+    """Reset each signal that Python or a loop handles to its default action, and have SIGINT raise KeyboardInterrupt.
 
-    Those that are ignored stay it, but for SIGCHLD. So do those that a C library handles.
+    Ignored signals stay ignored, except SIGCHLD. Handlers of C libraries stay.
     """
-    # By what signal.signal calls: its enum members would cost a new process some thirty copied pages.
+    # _signal.signal() is used, not signal.signal(), whose enum members would cost about thirty copied pages (see child.py).
     set_wakeup_fd(-1)
     keep_handler(SIGINT)
     _set_handler(SIGINT, default_int_handler)
     if put_back_handler(SIGINT) == _WAS_IGNORED:
-        _set_handler(SIGINT, SIG_IGN)  # else Python would say, and asyncio.run believe, that it is not
+        _set_handler(SIGINT, SIG_IGN)  # or signal.getsignal() and asyncio.run() would take it for handled
     caught = caught_signals() & ~_SIGINT_BIT
     while caught:
         number = caught.bit_length()
@@ -48,14 +49,14 @@ def reset_signals() -> None:
         elif callable(getsignal(number)):
             _reset_chained_handler(number)
     if is_ignored(SIGCHLD):
-        _set_handler(SIGCHLD, SIG_DFL)  # else this child could not wait for children of its own
+        _set_handler(SIGCHLD, SIG_DFL)  # or the kernel would reap this child's own children
 
 
 _WAS_IGNORED = 2
 
 
 def _reset_chained_handler(number: int) -> None:
-    """Reset a Python handler that a C library's is in front of, and may call."""
+    """Reset the Python handler of a signal whose C library handler may call it."""
     keep_handler(number)
     _set_handler(number, SIG_DFL if number in _IGNORED_BY_DEFAULT else _raise_by_default)
     put_back_handler(number)

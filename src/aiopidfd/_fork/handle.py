@@ -18,12 +18,12 @@ from .._watch.child import Child
 from .._watch.registries import registry_of
 from .._watch.registry import Registry
 
-# What asks a process to end. One that does not, and is then killed, was hanging.
+# Signals that ask a process to exit. A process that gets one and must then be killed was hanging.
 _TERMINATING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
 
 class ExitObserver:
-    """The end of one child, kept apart from the handle so that the registry does not keep a dropped handle alive."""
+    """What the registry calls with the exit status of one child. It holds no handle, so a dropped handle is collected."""
 
     __slots__ = ("future", "status")
 
@@ -38,15 +38,15 @@ class ExitObserver:
 
 
 class AbstractChildProcess(ABC):
-    """One child process of ours, watched by the loop that was running when the handle was made.
+    """A handle for one child process. The loop that is running when the handle is made watches the child.
 
-    Signals go to this child and to nobody else, from any thread. `wait()` and `stop()` belong to the loop. A handle that is
-    dropped while its child runs gives a ResourceWarning; the child is reaped all the same, and never killed for it.
-    `async with` stops the child on the way out.
+    Signals go to this child and to no other process. They may be sent from any thread. `wait()` and `stop()` must be called
+    in the loop. A handle that is dropped while its child runs gives a ResourceWarning. The child is not killed then, and is
+    reaped when it exits. `async with` stops the child at the end of the block.
     """
 
-    _was_asked_to_exit = False  # by a signal, and has not ended since
-    _detached = True  # until the child is ours: a constructor that fails has nothing to warn of
+    _was_asked_to_exit = False  # by a signal
+    _detached = True  # until the child is watched, so that a constructor that fails gives no ResourceWarning
 
     def _adopt(self, pid: int, pidfd: int, backend: Choice) -> None:
         loop = asyncio.get_running_loop()
@@ -60,7 +60,7 @@ class AbstractChildProcess(ABC):
         self._exit = end
 
     def _attach(self, pgid: int | None) -> None:
-        """Be somebody's handle, and no longer detached."""
+        """Warn from now on if the handle is dropped while the child runs."""
         self._pgid = pgid
         self._detached = False
 
@@ -70,7 +70,9 @@ class AbstractChildProcess(ABC):
 
     def __del__(self) -> None:
         if not self._detached and self._exit.status is None:
-            warnings.warn(f"{self!r} was dropped; wait(), stop() or detach() it", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"{self!r} was dropped (call wait(), stop() or detach() first)", ResourceWarning, source=self, stacklevel=2
+            )
 
     async def __aenter__(self) -> AbstractChildProcess:
         return self
@@ -82,13 +84,13 @@ class AbstractChildProcess(ABC):
             await self.stop()
         except asyncio.CancelledError:
             self.detach()
-            if self.returncode is None:  # no time to be polite; the registry reaps it
+            if self.returncode is None:  # there is no time to wait after SIGTERM; the registry reaps the child
                 self._registry.send_signal(self._child, signal.SIGKILL)
             raise
 
     @property
     def pid(self) -> int:
-        """The process ID, also after the child has ended (when it may name another process)."""
+        """The process ID. After the child is reaped, another process may have the same ID."""
         return self._child.pid
 
     @property
@@ -98,18 +100,18 @@ class AbstractChildProcess(ABC):
 
     @property
     def exit_status(self) -> ExitStatus | None:
-        """How the child has ended; None while it runs."""
+        """The exit status; None while the child runs."""
         return self._exit.status
 
     @abstractmethod
     def fileno(self) -> int:
-        """Return the pidfd, to poll or to pass on (not to close); -1 once the child has ended, or if there is none."""
+        """Return the pidfd, or -1 if there is none or the child has exited. The caller must not close it."""
 
     def send_signal(self, sig: int) -> None:
-        """Send the signal to the child, and to no other process. If it has ended, log a warning and return.
+        """Send the signal to the child, and to no other process. If the child has exited, log a warning and return.
 
         Raises:
-            OSError: EINVAL, no such signal; EPERM, the child runs as another user now. See pidfd_send_signal(2).
+            OSError: EINVAL: the signal number is invalid. EPERM: the child runs as another user. See pidfd_send_signal(2).
         """
         obstacle = self._registry.send_signal(self._child, sig)
         if obstacle is not None:
@@ -117,7 +119,7 @@ class AbstractChildProcess(ABC):
         elif sig in _TERMINATING:
             self._was_asked_to_exit = True
         elif sig == signal.SIGKILL and self._was_asked_to_exit:
-            self._was_asked_to_exit = False  # it is said once
+            self._was_asked_to_exit = False  # so that it is logged once
             logger.warning("Force-killed hanging child: %d", self.pid)
 
     def terminate(self) -> None:
@@ -129,16 +131,16 @@ class AbstractChildProcess(ABC):
         self.send_signal(signal.SIGKILL)
 
     def signal_group(self, sig: int) -> None:
-        """Send the signal to the child's process group, if one was asked for; never to a recycled group.
+        """Send the signal to the child's process group, and never to another group with the same ID.
 
-        While the child is not reaped its group cannot be another one. After that a warning is logged, and nothing sent.
+        While the child is not reaped, no other group can have the ID. After that, log a warning and return.
 
         Raises:
-            RuntimeError: the child was not forked with `start_new_session` or `process_group`.
-            OSError: as `send_signal`.
+            RuntimeError: the child was forked without `start_new_session` and `process_group`.
+            OSError: as for send_signal().
         """
         if self._pgid is None:
-            raise RuntimeError("signal_group() needs a child forked with start_new_session=True or process_group=")
+            raise RuntimeError("signal_group() requires a child forked with start_new_session or process_group")
         obstacle = self._registry.send_signal(self._child, sig, self._pgid or self.pid)
         if obstacle is not None:
             self._warn_not_sent(sig, obstacle)
@@ -147,14 +149,14 @@ class AbstractChildProcess(ABC):
         logger.warning("signal %d not sent: child process %d %s", sig, self.pid, obstacle)
 
     async def wait(self) -> int:
-        """Wait until the child has ended and return its returncode. Many tasks may wait; cancellation harms nobody.
+        """Wait until the child exits, and return its returncode. Many tasks may wait. Cancellation leaves the child alone.
 
         Raises:
-            RuntimeError: called from another loop than the one that the handle belongs to.
+            RuntimeError: the running loop is not the loop of the handle.
         """
         self._check_loop()
         returncode = (await asyncio.shield(self._exit.future)).returncode
-        assert returncode is not None  # only of a stranger is it not known, and no handle is made for one
+        assert returncode is not None  # it is unknown only for a process that is not a child, and has no handle
         return returncode
 
     async def stop(self, grace: float = 5.0) -> int:
@@ -171,7 +173,7 @@ class AbstractChildProcess(ABC):
         return await self.wait()
 
     def detach(self) -> None:
-        """Say that nobody will wait for the child: it is reaped when it ends, and dropping the handle warns of nothing."""
+        """Let the handle be dropped while the child runs, without a ResourceWarning. The child is reaped when it exits."""
         self._detached = True
 
     def _check_loop(self) -> None:
@@ -180,16 +182,16 @@ class AbstractChildProcess(ABC):
 
 
 class PidfdChildProcess(AbstractChildProcess):
-    """A child that is watched and signalled by pidfd."""
+    """A child process that is watched and signalled by a pidfd."""
 
     def __init__(self, pid: int, pidfd: int) -> None:
-        """Adopt an existing child of this process; `pidfd` is ours from now on, and closed when the child has ended.
+        """Make a handle for an existing child of this process. It owns `pidfd`, and closes it when the child exits.
 
         Raises:
-            TypeError, ValueError: `pid` is not a positive int, or `pidfd` does not belong to it.
-            RuntimeError: there is no running loop.
-            ChildProcessError: it is not a child of this process.
-            OSError: EBADF, `pidfd` is not open.
+            TypeError, ValueError: `pid` is not a positive int, or `pidfd` is not a pidfd of this process.
+            RuntimeError: no loop is running.
+            ChildProcessError: `pid` is not a child of this process.
+            OSError: EBADF: `pidfd` is not open.
         """
         check_pid(pid)
         if not isinstance(pidfd, int):
@@ -198,26 +200,30 @@ class PidfdChildProcess(AbstractChildProcess):
         self._adopt(pid, pidfd, "pidfd")
 
     def fileno(self) -> int:
-        """Return the pidfd, to poll or to pass on, not to close; -1 once the child has ended."""
+        """Return the pidfd, or -1 if the child has exited. The caller must not close it."""
         return -1 if self._registry.closed else self._child.pidfd
 
 
 class PosixChildProcess(AbstractChildProcess):
-    """A child that is watched and signalled by pid, where pidfds are forbidden: safe, since only we reap it."""
+    """A child process that is watched and signalled by its pid, where pidfds cannot be used.
+
+    A pid is safe as long as no other code reaps the child.
+    """
 
     def __init__(self, pid: int) -> None:
-        """Adopt an existing child of this process.
+        """Make a handle for an existing child of this process.
 
         Raises:
             TypeError, ValueError: `pid` is not a positive int.
-            RuntimeError: there is no running loop.
-            ProcessLookupError, ChildProcessError: it is gone, or not a child of this process.
+            RuntimeError: no loop is running.
+            ProcessLookupError: there is no process `pid`.
+            ChildProcessError: `pid` is not a child of this process.
         """
         check_pid(pid)
         self._adopt(pid, -1, "sigchld")
 
     def fileno(self) -> int:
-        """Return -1: there is no pidfd."""
+        """Return -1, since there is no pidfd."""
         return -1
 
 
@@ -265,7 +271,7 @@ def watch_prepared(handle: AbstractChildProcess, pid: int, pidfd: int) -> Abstra
 
 
 def _make_handle(registry: Registry, child: Child, end: ExitObserver) -> AbstractChildProcess:
-    """Return a handle, detached."""
+    """Return a detached handle."""
     made = PidfdChildProcess if child.backend.name == "pidfd" else PosixChildProcess
     handle: AbstractChildProcess = made.__new__(made)
     handle._bind(registry, child, end)
@@ -273,7 +279,7 @@ def _make_handle(registry: Registry, child: Child, end: ExitObserver) -> Abstrac
 
 
 def _check_pidfd(pid: int, pidfd: int) -> None:
-    """Raise ValueError unless `pidfd` is a pidfd of the process `pid`; OSError EBADF if it is not open."""
+    """Raise ValueError if `pidfd` is not a pidfd of the process `pid`, and OSError EBADF if it is not open."""
     os.fstat(pidfd)
     found = _find_pid(pidfd)
     if found is not None and found != pid:
@@ -281,14 +287,14 @@ def _check_pidfd(pid: int, pidfd: int) -> None:
 
 
 def _find_pid(pidfd: int) -> int | None:
-    """Return the pid of the process behind `pidfd`, 0 if it is none or gone; None if that cannot be known here."""
+    """Return the pid of `pidfd`: 0 if it is not a pidfd or the process is reaped, None if the kernel does not tell."""
     found = syscalls.get_pid(pidfd)
     if found is not None:
         return found
     try:
         ended = syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # a pidfd, though not of a child: that is for the registry to say
+    except ChildProcessError:  # a pidfd of a process that is not a child: the registry raises for it
         return None
     except OSError as exc:
-        return 0 if exc.errno == errno.EBADF else None  # EBADF: no pidfd. ENOSYS, EPERM, EACCES, EINVAL: they cannot be used
+        return 0 if exc.errno == errno.EBADF else None  # EBADF: not a pidfd. ENOSYS, EPERM, EACCES, EINVAL: unavailable
     return None if ended is None else ended.pid
