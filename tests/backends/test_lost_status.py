@@ -141,12 +141,12 @@ def test_watchers_of_two_loops_in_two_threads(
 ) -> None:
     """One of them reaps; both are told. By pid, the other one can only tell that it was too late."""
     watching = threading.Barrier(3, timeout=30)
-    told: list[ExitStatus] = []
+    reported: list[ExitStatus] = []
 
     async def watch(pid: int) -> None:
         waiting = await watched(pid)
         watching.wait()
-        told.append(await waiting)
+        reported.append(await waiting)
 
     with one_held() as child:
         threads = [threading.Thread(target=run_on, args=(loop_factory, watch(child.pid))) for _ in range(2)]
@@ -156,12 +156,12 @@ def test_watchers_of_two_loops_in_two_threads(
         child.end(13)
         for thread in threads:
             thread.join()
-    sources = sorted(status.source for status in told)
+    sources = sorted(status.source for status in reported)
     if backend == "pidfd" and can_recover_exit():
-        assert [status.returncode for status in told] == [13, 13]
+        assert [status.returncode for status in reported] == [13, 13]
         assert sources == ["reaped", "recovered"]
     else:
-        assert sorted(status.returncode or 0 for status in told) == [13, 255]
+        assert sorted(status.returncode or 0 for status in reported) == [13, 255]
         assert sources == ["lost", "reaped"]
         assert len(lost_warnings(caplog)) == 1
 

@@ -53,15 +53,15 @@ async def main():
     loop = asyncio.get_running_loop()
     read, write = os.pipe()
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", "read x; exit 7"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
-    told = loop.create_future()
-    child = registry_of(loop).observe(pid, told, told.set_result, check=False)
+    reported = loop.create_future()
+    child = registry_of(loop).observe(pid, reported, reported.set_result, check=False)
     os.write(write, b"\\n")
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     for _ in range(10):
         await asyncio.sleep(0)
-    assert not told.done() and child.result is None  # nobody has reaped it, so nobody can know
+    assert not reported.done() and child.result is None  # nobody has reaped it, so nobody can know
     os.waitpid(pid, 0)
-    status = await asyncio.wait_for(told, 10)
+    status = await asyncio.wait_for(reported, 10)
     print(status.returncode, status.source)
 LOOP
 loop.run_until_complete(main())
@@ -76,8 +76,8 @@ def test_older_kernel_loses_a_status_that_others_took_at_once_and_warns(
     if backend != "pidfd":
         pytest.skip("the filter is over a call on pidfds")
     output = python_under_filter(f"pidfd_get_info={answer}", on_loop(_REAPED_BY_OTHER, loop_factory))
-    warning, told = output.splitlines()
-    returncode, source, calls, pid = told.split()
+    warning, reported = output.splitlines()
+    returncode, source, calls, pid = reported.split()
     assert (returncode, source, calls) == ("255", "lost", "[255]")
     assert warning.startswith(f"child process pid {pid}: ")
     assert "another thread or library" in warning
@@ -118,25 +118,25 @@ async def test_stranger_s_status_is_reported_when_its_zombie_is_reaped(
     with Stranger() as stranger:
         waiting = await watched(stranger.pid)
         pidfd = os.pidfd_open(stranger.pid)
-        stranger.tell("end")
+        stranger.send("end")
         select.select([pidfd], [], [])
         os.close(pidfd)
         await drain()
         assert not waiting.done()
-        stranger.tell("reap")
+        stranger.send("reap")
         status = await waiting
     assert (status.returncode, status.source) == (11, "recovered")
 
 
 async def test_child_that_others_reaped_can_be_observed_until_it_is_reported(assert_reported: CheckReported) -> None:
     """Its number is nobody's yet."""
-    told: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
+    reported: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
     with one_held() as child:
         waiting = await watched(child.pid)
         end_reaped_by_other(child, 5)
-        registry_of(asyncio.get_running_loop()).observe(child.pid, told, told.set_result)
-        assert await waiting is await told
-        assert_reported(await told, child.pid, 5, "another thread or library")
+        registry_of(asyncio.get_running_loop()).observe(child.pid, reported, reported.set_result)
+        assert await waiting is await reported
+        assert_reported(await reported, child.pid, 5, "another thread or library")
 
 
 async def test_traced_child_is_reported_when_the_tracer_ends() -> None:

@@ -47,7 +47,7 @@ async def test_next_child_of_the_same_number_is_not_mistaken_for_the_last(
     if backend != "pidfd" or not can_recover_exit():
         pytest.skip("by pid the two cannot be told apart")
     registry = registry_of(asyncio.get_running_loop())
-    told: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
+    reported: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
     with held(100) as others, one_held() as first:
         waiting, *also_waiting = [await watched(child.pid) for child in (first, *others)]
         for child in others:  # so that the first is not in the first batch
@@ -57,12 +57,12 @@ async def test_next_child_of_the_same_number_is_not_mistaken_for_the_last(
         order = recycle(first.pid)
         if spawned:
             pidfd = registry._reaper.add(first.pid, 0)
-            registry.observe(first.pid, told, told.set_result, pidfd=pidfd, is_held=True, is_new=True)
+            registry.observe(first.pid, reported, reported.set_result, pidfd=pidfd, is_held=True, is_new=True)
         else:
-            registry.observe(first.pid, told, told.set_result)
+            registry.observe(first.pid, reported, reported.set_result)
         assert (await waiting).returncode == 5
         await drain()
-        assert not told.done()
+        assert not reported.done()
         os.write(order, b"6\n")
-        assert (await told).returncode == 6
+        assert (await reported).returncode == 6
         assert [(await one).returncode for one in also_waiting] == [1] * 100

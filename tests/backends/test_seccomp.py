@@ -155,14 +155,16 @@ def test_sigchld_can_be_chosen_where_pidfds_work(
         loop = asyncio.get_running_loop()
         for code in (1, 2):
             with one_held() as child:
-                told = loop.create_future()
+                reported = loop.create_future()
                 watcher = PidfdWatcher(backend="auto" if by == "environment" else "sigchld")
-                watcher.add_child_handler(child.pid, lambda pid, returncode, told=told: told.set_result(returncode))
+                watcher.add_child_handler(
+                    child.pid, lambda pid, returncode, reported=reported: reported.set_result(returncode)
+                )
                 assert not [
                     what for what in open_descriptors().values() if what.startswith(("pidfd:", "anon_inode:[pidfd]"))
                 ]
                 child.end(code)
-                assert await told == code
+                assert await reported == code
 
     run_on(loop_factory, main())
     (record,) = [record for record in caplog.records if record.levelno == logging.INFO]

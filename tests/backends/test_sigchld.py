@@ -47,12 +47,12 @@ async def test_child_that_was_dead_before_it_was_watched_is_reported_without_a_c
 
 async def test_zombie_that_was_left_and_then_is_to_be_reaped_is_reported_without_a_check(no_checks: None) -> None:
     """The first observer leaves the zombie; the second one, which comes before the first is told, does not."""
-    registry, told = registry_of(asyncio.get_running_loop()), asyncio.get_running_loop().create_future()
+    registry, reported = registry_of(asyncio.get_running_loop()), asyncio.get_running_loop().create_future()
     with one_held() as child:
         child.end_unreaped(3)
         registry.observe(child.pid, "leaves it", lambda status: None, reap=False)
-        registry.observe(child.pid, "reaps it", told.set_result)
-        assert (await asyncio.wait_for(told, 10)).source == "reaped"
+        registry.observe(child.pid, "reaps it", reported.set_result)
+        assert (await asyncio.wait_for(reported, 10)).source == "reaped"
 
 
 async def test_handler_goes_with_the_last_observer() -> None:
@@ -130,8 +130,8 @@ async def test_checks_go_on_while_there_are_no_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert (status.returncode, status.source) == (3, "reaped")
         assert not for_stranger.done()
-        stranger.tell("end")
-        stranger.tell("reap")
+        stranger.send("end")
+        stranger.send("reap")
         status = await asyncio.wait_for(for_stranger, FOUND_BY_CHECK_S)
         assert (status.returncode, status.source) == (None, "not-child")
 

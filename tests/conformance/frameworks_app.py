@@ -1,4 +1,4 @@
-"""An ASGI application that makes children while it serves: for the tests of web servers, which are its only users."""
+"""An ASGI application that makes children while it serves. The tests of web servers use it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import aiopidfd
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
-# Of this process; made when it starts to serve.
+# The fork server of this process, made when it starts to serve.
 fork_server: aiopidfd.ForkServer
 
 
 def say(*words: object) -> None:
-    """Tell the test something, in a line that no other process can break."""
+    """Print a line for the test, in one write: lines of other processes do not break it."""
     os.write(1, " ".join(["app:", *map(str, words), "\n"]).encode())
 
 
 async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-    """Serve one connection, as ASGI has it."""
+    """Serve one ASGI connection."""
     if scope["type"] == "lifespan":
         await live(receive, send)
     elif scope["type"] == "http":
@@ -35,13 +35,13 @@ async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
 
 
 def name_loop() -> str:
-    """Return the name by which the class of the running loop is public."""
+    """Return the public name of the running loop's class."""
     kind = type(asyncio.get_running_loop())
     return next((f"aiopidfd:{name}" for name in aiopidfd.__all__ if getattr(aiopidfd, name, None) is kind), repr(kind))
 
 
 async def live(receive: Receive, send: Send) -> None:
-    """Start a fork server with the web server's process, and end it with that."""
+    """Start a fork server when the web server's process starts, and end it at the end."""
     global fork_server
     await receive()
     async with aiopidfd.ForkServer(fallback=True) as fork_server:
@@ -53,7 +53,7 @@ async def live(receive: Receive, send: Send) -> None:
 
 
 async def make_children() -> list[Any]:
-    """Run a child of each kind to its end, all at once."""
+    """Run a child of each kind to its end, all at the same time."""
     return list(await asyncio.gather(run_program(), fork_child(), fork_worker()))
 
 
@@ -67,7 +67,7 @@ async def run_program() -> list[object]:
 
 
 async def fork_child() -> int:
-    """Fork this process; the child runs a loop of its own, and a program on it."""
+    """Fork this process. The child runs a loop of its own, with a program."""
 
     async def main() -> int:
         process = await asyncio.create_subprocess_exec("sh", "-c", "exit 4")
@@ -89,7 +89,7 @@ def add(first: int, second: int) -> int:
 
 
 async def hold_children() -> list[int]:
-    """Make children that live until the test lets go of a FIFO; the server is told to end meanwhile."""
+    """Make children that live until the test closes a FIFO. Meanwhile the server gets its signal to end."""
     fifo = os.environ["FRAMEWORKS_FIFO"]
     program = 'exec < "$0"; echo; read nothing; exit 6'
     process = await asyncio.create_subprocess_exec("sh", "-c", program, fifo, stdout=asyncio.subprocess.PIPE)
@@ -102,7 +102,7 @@ async def hold_children() -> list[int]:
 
 
 def read_to_end(fifo: str) -> int:
-    """Be a child that ends when nobody has the FIFO open for writing any more."""
+    """Be a child that exits when the FIFO has no writer any more."""
     with open(fifo, "rb") as pipe:
         aiopidfd.notify_ready()
         pipe.read()

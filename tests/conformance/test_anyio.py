@@ -27,7 +27,7 @@ Run = Callable[[Callable[[], Any]], Any]
 
 @pytest.fixture(params=["anyio.run", "aiopidfd.run"])
 def starter(request: pytest.FixtureRequest) -> str:
-    """Who makes the loop and runs the test's coroutine on it."""
+    """What makes the loop and runs the coroutine of the test on it."""
     return str(request.param)
 
 
@@ -130,7 +130,7 @@ def test_cancelled_process_is_killed_and_reaped(run: Run) -> None:
 
 
 def test_cancelled_run_process_leaves_no_process(run: Run) -> None:
-    """The fixture that sees what is left behind is the test."""
+    """The fixture that looks for children that are left is the test."""
 
     async def main() -> None:
         with anyio.move_on_after(0.05) as scope:

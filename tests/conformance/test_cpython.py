@@ -1,4 +1,4 @@
-"""CPython's own tests of asyncio's subprocesses, on every kind of loop that is ours or that we plug into."""
+"""CPython's own tests of asyncio's subprocesses, on our loops and on loops with a watcher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ cpython = pytest.importorskip("test.test_asyncio.test_subprocess", reason="this 
 OURS = ("SelectorEventLoop", "UvloopEventLoop")
 ATTACHED = ("attached asyncio loop", "attached uvloop loop")
 ON_UVLOOP = ("UvloopEventLoop", "attached uvloop loop")
-# Where pidfds are forbidden programs are started by subprocess.Popen, too, as they are in C elsewhere.
+# Without pidfds, subprocess.Popen starts the programs. With pidfds, the C code does.
 SIGCHLD = "SelectorEventLoop by SIGCHLD"
 CHILD_WATCHER = "asyncio.set_child_watcher"
 
@@ -41,18 +41,18 @@ KINDS = (*IN_C, SIGCHLD, CHILD_WATCHER)
 
 
 class Exemption(NamedTuple):
-    """Why one of CPython's tests fails on some kinds of loops, as it must."""
+    """A test of CPython that must fail on some kinds of loops, and the reason."""
 
     reason: str
     kinds: tuple[str, ...]
-    since: tuple[int, ...] = (3, 9)  # the first Python that has it for certain
+    since: tuple[int, ...] = (3, 9)  # the first Python in which all releases have it
     run: bool = True  # false if it leaves a process behind when it fails
 
 
 ON_OUR_TRANSPORT = (*IN_C, SIGCHLD)
 _NO_CONNECTING = Exemption("it replaces loop.connect_read_pipe() or its like, which we do without", ON_OUR_TRANSPORT)
 
-# Unless they would leave a process, they are run, and must fail: an exemption that is no longer needed is an error.
+# Unless they would leave a process, they are run and must fail: an exemption that is not needed any more is an error.
 EXEMPTIONS = {
     "test_close_kill_running": Exemption(
         "it replaces Popen.kill() and counts its calls; our transport kills by pidfd", ON_OUR_TRANSPORT
@@ -69,12 +69,12 @@ EXEMPTIONS = {
     ),
 }
 
-# With a wait() that does not wait for pipes, these close the loop while a grandchild holds one, and are warned of it.
+# Our wait() does not wait for pipes. So these close the loop while a grandchild has a pipe, which causes a warning.
 LEAVE_A_PIPE = ("test_kill_issue43884",)
 
 
 class NotOurs(NamedTuple):
-    """Why tests of CPython's are not run: they are about asyncio's own objects, and nothing of ours takes part."""
+    """Tests of CPython that are not run: they are about asyncio's own objects, without any of our code."""
 
     reason: str
     since: tuple[int, ...]
@@ -103,7 +103,7 @@ TESTS = collect_tests()
 
 
 class OnLoop:
-    """Makes the loop for a test of CPython's, and fails the test if the loop's exception handler was called."""
+    """Make the loop for a test of CPython. Fail the test if the loop's exception handler was called."""
 
     kind: str
 
@@ -111,7 +111,7 @@ class OnLoop:
         assert isinstance(self, unittest.TestCase)
         if self.kind == SIGCHLD:
             self._patch(mock.patch.dict(os.environ, {backend.ENVIRONMENT: "sigchld"}))
-        # Some of the newer tests use no loop but the one that this makes.
+        # Some newer tests use only the loop that this makes.
         self._patch(mock.patch("asyncio.run", functools.partial(run_on, self.new_loop)))
         self.loop = self.new_loop()
         self.addCleanup(self.loop.close)
@@ -144,7 +144,7 @@ class OnLoop:
 
 
 def set_child_watcher(watcher: Any) -> None:
-    """Do as `asyncio.set_child_watcher`, without its deprecation warning."""
+    """Call `asyncio.set_child_watcher` without its deprecation warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         asyncio.set_child_watcher(watcher)
@@ -159,13 +159,13 @@ def make_test_case(kind: str) -> Any:
 
 
 def prepare(name: str, test: Callable[[Any], None], kind: str) -> Any:
-    """Return the test with what we have to say of it on that kind of loop: on a copy, since marks stay on what they mark."""
+    """Return a copy of the test with its marks for that kind of loop. (Marks are attributes of the function.)"""
 
     @functools.wraps(test)
     def prepared(self: Any) -> None:
         test(self)
 
-    del prepared.__dict__["__wrapped__"]  # else pytest reports skips line by line of CPython's file
+    del prepared.__dict__["__wrapped__"]  # or pytest reports each skip by its line in CPython's file
     exemption = EXEMPTIONS.get(name)
     if exemption is not None and kind in exemption.kinds:
         return pytest.mark.xfail(reason=exemption.reason, run=exemption.run, strict=True)(prepared)
@@ -189,12 +189,12 @@ TestSetChildWatcher = needs_child_watchers(make_test_case(CHILD_WATCHER))
 
 @needs_child_watchers
 def test_create_subprocess_with_pidfd() -> None:
-    """CPython's test of its PidfdChildWatcher, with our watcher instead: a loop in a thread that is not the main one."""
+    """CPython's test of its PidfdChildWatcher, with our watcher: a loop in a thread that is not the main one."""
     tests = getattr(cpython, "GenericWatcherTests", None)
     if not hasattr(tests, "test_create_subprocess_with_pidfd"):
         pytest.skip("new in Python 3.12")
     result = unittest.TestResult()
-    asyncio.set_event_loop(None)  # the test rests on somebody having set one before
+    asyncio.set_event_loop(None)  # the test expects that one was set before
     with mock.patch("asyncio.PidfdChildWatcher", PidfdWatcher):
         tests("test_create_subprocess_with_pidfd")(result)  # type: ignore[misc] # it is not None here
     assert result.wasSuccessful(), result.errors + result.failures

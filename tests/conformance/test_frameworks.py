@@ -1,4 +1,4 @@
-"""Web servers, unchanged, on loops of ours: an application makes children of every kind, and the server ends as ever."""
+"""Web servers, unchanged, on our loops. Their application makes children of every kind, and they end as on other loops."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240  # for one server, from its start to its end; in an emulated machine it takes a minute
 REQUESTS = 8
 
-# As module:name. The last one is what ours are held against.
+# As module:name. The results on the last one are those expected on ours.
 FACTORIES = {"asyncio": "aiopidfd:SelectorEventLoop", "uvloop": "aiopidfd:UvloopEventLoop"}
 PLAIN = "asyncio:SelectorEventLoop"
 
-# A server takes seconds to run: each loop meets each signal, and each backend both.
+# A server takes seconds, so not all combinations run: each loop gets each signal, and each backend both signals.
 BACKEND_OF = {
     ("asyncio", signal.SIGTERM): BACKENDS[0],
     ("asyncio", signal.SIGINT): BACKENDS[-1],
@@ -43,9 +43,9 @@ BACKEND_OF = {
 class Kind(NamedTuple):
     """One way to run one server."""
 
-    package: str  # what it needs
+    package: str  # the package that it needs
     workers: int
-    # From the path of its socket, its loop factory as module:name, and a path for a file that it may write.
+    # Arguments: the path of its socket, its loop factory as module:name, and a path for a file that it may write.
     make_command: Callable[[str, str, Path], list[str]]
 
 
@@ -127,23 +127,23 @@ KINDS = {
     "granian": Kind("granian", 2, granian),
 }
 
-# Told to end, a worker of that granian may wait with the GIL held for a thread of its own that waits for the GIL.
+# At its end, a worker of that granian may hold the GIL and wait for a thread of its own that waits for the GIL.
 OLD_GRANIAN = pytest.mark.skipif(sys.version_info < (3, 10), reason="the last granian for Python 3.9 (2.5) may deadlock")
 NAMES = [pytest.param(name, marks=OLD_GRANIAN if name == "granian" else ()) for name in KINDS]
 
 
 class Outcome(NamedTuple):
-    """What a server did from its start to its end."""
+    """The results of a server from its start to its end."""
 
     answers: list[Any]
-    held: Any  # the answer to the request during which it was told to end
-    stopped: int  # how many workers have ended in good order
+    held: Any  # the answer to the request during which it got its signal
+    stopped: int  # how many workers have ended properly
     exit_code: int
     output: str
 
 
 class Server:
-    """A server that runs, as seen from outside."""
+    """A running server, seen from outside."""
 
     def __init__(self, process: asyncio.subprocess.Process, socket: str) -> None:
         self.process = process
@@ -151,7 +151,7 @@ class Server:
         self._socket = socket
 
     async def hear(self, word: str, count: int = 1) -> None:
-        """Return when the application has said `word` so often."""
+        """Return when the application has printed `word` so often."""
         assert self.process.stdout is not None
         while self.count(word) < count:
             line = await self.process.stdout.readline()
@@ -162,14 +162,14 @@ class Server:
         return sum(line.startswith(f"app: {word} ") for line in self.lines)
 
     async def ask(self, path: str) -> Any:
-        """Send a request, and return what the answer's JSON says."""
+        """Send a request. Return the JSON of the answer."""
         reader, writer = await asyncio.open_unix_connection(self._socket)
         try:
             writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
             assert " 200" in status, status
             (length,) = (int(line.partition(":")[2]) for line in headers if line.startswith("content-length:"))
-            # Not to the end: a forked child has a copy of the connection while it lives.
+            # Not until the end of file: a forked child has a copy of the connection.
             return json.loads(await reader.readexactly(length))
         finally:
             writer.close()
@@ -177,7 +177,7 @@ class Server:
                 await writer.wait_closed()
 
     async def await_listening(self) -> None:
-        """Return when it takes connections."""
+        """Return when it accepts connections."""
         while True:
             try:
                 _, writer = await asyncio.open_unix_connection(self._socket)
@@ -189,7 +189,7 @@ class Server:
 
 
 def run_server(kind: Kind, factory: str, number: signal.Signals, backend: str) -> Outcome:
-    """Start a server, send it requests, tell it to end while it is at one, and wait until nothing is left of it."""
+    """Start a server, send requests, send it a signal during one of them, and wait until all its processes are gone."""
     return aiopidfd.run(_run_server(kind, factory, number, backend), loop_factory=aiopidfd.SelectorEventLoop)
 
 
@@ -214,14 +214,14 @@ async def _run_server(kind: Kind, factory: str, number: signal.Signals, backend:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             rest, _ = await process.communicate()
-            print(*server.lines, rest.decode(), sep="")  # for the reader of a failure
+            print(*server.lines, rest.decode(), sep="")  # shown if the test fails
 
 
 async def _run_to_end(server: Server, workers: int, fifo: str, number: signal.Signals) -> Outcome:
     await server.hear("started", workers)
     await server.await_listening()
     answers = await asyncio.gather(*(server.ask("/") for _ in range(REQUESTS)))
-    writer = os.open(fifo, os.O_RDWR)  # with nobody reading, O_WRONLY would wait
+    writer = os.open(fifo, os.O_RDWR)  # O_WRONLY would wait for a reader
     try:
         asking = asyncio.ensure_future(server.ask("/hold"))
         await server.hear("holding")
@@ -229,23 +229,23 @@ async def _run_to_end(server: Server, workers: int, fifo: str, number: signal.Si
             os.killpg(server.process.pid, number)  # as a terminal does
         else:
             server.process.send_signal(number)
-        # Let the server see the signal before the request is done. If that takes it longer, the test tests less.
+        # The server should see the signal before the request is done. If it takes longer, the test tests less.
         await asyncio.sleep(0.3)
     finally:
         os.close(writer)
     held = await asking
-    # Not before the last process that has inherited it is gone.
+    # The end of file comes when the last process that has inherited it is gone.
     assert server.process.stdout is not None
     server.lines += (await server.process.stdout.read()).decode().splitlines(keepends=True)
     exit_code = await server.process.wait()
-    while session_members(server.process.pid):  # closed its output, and is about to end
+    while session_members(server.process.pid):  # it has closed its output, and is about to end
         await asyncio.sleep(0.02)
     return Outcome(answers, held, server.count("stopped"), exit_code, "".join(server.lines))
 
 
 @functools.cache
 def run_plain(name: str, number: signal.Signals) -> Outcome:
-    """What the server does on asyncio's own loop."""
+    """The results on asyncio's own loop."""
     return run_server(KINDS[name], PLAIN, number, BACKENDS[0])
 
 
@@ -265,7 +265,7 @@ def test_server_serves_and_ends_on_our_loop_as_on_its_own(name: str, number: sig
     for answer in (*ours.answers, ours.held):
         assert answer["loop"] == FACTORIES[loop]
     if number == signal.SIGTERM:
-        assert ours.held["children"] == [6, 7, 7]  # the server was told to end, and they were not
+        assert ours.held["children"] == [6, 7, 7]  # the signal went to the server, not to them
     assert ours.held["children"] == plain.held["children"]
     assert ours.stopped == plain.stopped == kind.workers
     assert ours.exit_code == plain.exit_code

@@ -1,4 +1,4 @@
-"""pytest-asyncio and anyio's plugin run tests and fixtures on loops of ours, with what their users write."""
+"""pytest-asyncio and anyio's plugin run tests and fixtures on our loops, with code as users write it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..conftest import LOOPS
 
 CLASSES = {"asyncio": "SelectorEventLoop", "uvloop": "UvloopEventLoop"}
 
-# The fork server, which belongs to one loop, shows that fixture and test have the same one.
+# A fork server belongs to one loop, so this shows that fixture and test have the same loop.
 TEST = """
 import asyncio
 import aiopidfd
@@ -69,10 +69,10 @@ def anyio_backend():
 
 
 def run_pytest(folder: Path, conftest: str, test: str, *options: str) -> None:
-    """Run a test, which must pass, in a pytest of its own."""
+    """Run a test in a new pytest process. It must pass."""
     (folder / "conftest.py").write_text(conftest)
     (folder / "test_children.py").write_text(test)
-    (folder / "pytest.ini").write_text("[pytest]\n")  # the folder is the root
+    (folder / "pytest.ini").write_text("[pytest]\n")  # makes the folder the root
     command = [sys.executable, "-W", "error", "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)

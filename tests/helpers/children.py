@@ -1,4 +1,4 @@
-"""Children that do as they are told: they block on a pipe until a test lets them go."""
+"""Children under the control of a test: they block on a pipe until the test writes to it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Held:
 
 @contextlib.contextmanager
 def held(count: int = 1) -> Iterator[list[Held]]:
-    """`count` held children. Whoever is left at the end is killed and reaped."""
+    """`count` held children. Those that are left at the end are killed and reaped."""
     made: list[Held] = []
     try:
         for _ in range(count):
@@ -68,8 +68,8 @@ def one_held() -> Iterator[Held]:
 
 def obey(orders: int) -> int:
     """In a forked child: do what ender.c does. Returns the exit code."""
-    signal.alarm(120)  # others may hold copies of the pipe's other end: nobody would tell us that all is over
-    # Python's Popen, in another thread of our parent, waits until nobody has a copy of a pipe of its own.
+    signal.alarm(120)  # other processes may have copies of the pipe's other end, so its end may never be seen
+    # Popen, in another thread of the parent, waits until no process has a copy of its pipe for errors.
     os.closerange(3, orders)
     os.closerange(orders + 1, 4096)
     how, which = os.read(orders, 2)
@@ -83,7 +83,7 @@ def obey(orders: int) -> int:
 
 
 def undebugged_environment() -> dict[str, str]:
-    """This process's environment without asyncio's debug mode, for a program whose system calls or output are compared.
+    """The environment of this process without asyncio's debug mode, for programs whose calls or output are compared.
 
     In debug mode a callback that takes long, as any may on a busy machine, is logged, and source files are looked at for it.
     """
@@ -91,7 +91,7 @@ def undebugged_environment() -> dict[str, str]:
 
 
 def session_members(sid: int) -> list[int]:
-    """The processes of a session, zombies among them."""
+    """The processes of a session, including zombies."""
     pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -104,7 +104,7 @@ def session_members(sid: int) -> list[int]:
 
 @contextlib.contextmanager
 def few_descriptors(free: int) -> Iterator[None]:
-    """Leave so many descriptors, of the numbers below 64."""
+    """Leave `free` descriptors below the limit, which is 64."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
@@ -127,7 +127,7 @@ def await_zombie(pid: int) -> None:
 
 
 def state_of(pid: int) -> str:
-    """The state of a process, as /proc tells it."""
+    """The state of a process in /proc."""
     with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
         return stat.read().rpartition(")")[2].split()[0]
 
@@ -148,7 +148,7 @@ sys.stdin.readline()
 
 
 class Tracer:
-    """Who traces a child of ours: as long as it holds it, the child's end can be seen and not reaped."""
+    """A process that traces our child. Until it lets go, the exit can be seen, but the child cannot be reaped."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
@@ -161,7 +161,7 @@ class Tracer:
 
 @contextlib.contextmanager
 def traced(pid: int) -> Iterator[Tracer]:
-    """A tracer of that child; skips where processes cannot be traced."""
+    """A tracer of the child. Skips the test where processes cannot be traced."""
     command = [sys.executable, "-c", _TRACER, str(pid)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -187,12 +187,12 @@ for order in sys.stdin:
 
 
 class Stranger:
-    """A process that is a child of another process; it ends with code 11, and is reaped, when told."""
+    """A process that is a child of another process; the test orders its exit (with code 11) and its reaping."""
 
     def __init__(self, *argv: str) -> None:
-        """Start it. `argv`: another program than the usual one."""
+        """Start it. `argv` is a program instead of the default one."""
         command = [sys.executable, "-c", _PARENT, *(argv or ("/bin/sh", "-c", "read x; exit 11"))]
-        # Not two pipes: without a descriptor for the second, Popen loses the first on Python 3.9 and 3.10.
+        # Not two pipes: if Popen cannot make the second, it leaks the first on Python 3.9 and 3.10.
         self._ours, childs = socket.socketpair()
         with childs, contextlib.ExitStack() as undo:
             undo.callback(self._ours.close)
@@ -200,8 +200,8 @@ class Stranger:
             undo.pop_all()
         self.pid = int(self._ours.recv(32))
 
-    def tell(self, order: str) -> None:
-        """Say "end" or "reap" to its parent."""
+    def send(self, order: str) -> None:
+        """Send "end" or "reap" to its parent."""
         self._ours.sendall(f"{order}\n".encode())
 
     def __enter__(self) -> Stranger:

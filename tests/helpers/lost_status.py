@@ -1,4 +1,4 @@
-"""Children whose status another waitpid() takes, in every way: fixtures, and what a test does with them."""
+"""Children that another waitpid() reaps first: fixtures and helpers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CheckReported = Callable[[ExitStatus, int, int, str], None]
 
 @pytest.fixture
 def other_reaper() -> Iterator[ctypes.CDLL]:
-    """The functions of other_reaper.c; what SIGCHLD was set to is put back afterwards."""
+    """The functions of other_reaper.c. The handler of SIGCHLD is restored afterwards."""
     library = ctypes.CDLL(str(compile_c("other_reaper.c", "-shared", "-fPIC", "-pthread")))
     library.other_save_sigchld()
     handler = signal.getsignal(signal.SIGCHLD)
@@ -41,16 +41,15 @@ def other_reaper() -> Iterator[ctypes.CDLL]:
 
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the SIGCHLD backend look after its handler often, and say each time that SIGCHLD was ignored."""
+    """Have the SIGCHLD backend check often, and warn each time that SIGCHLD was ignored."""
     monkeypatch.setattr(sigchld_backend, "_warned_of_ignored", False)
     monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 0.05)
-    monkeypatch.setattr(
-        sigchld_backend, "_replaced", (0.0, "")
-    )  # by whom it was replaced in the last test says nothing here
+    # A replacement in an earlier test must not be named as the cause.
+    monkeypatch.setattr(sigchld_backend, "_replaced", (0.0, ""))
 
 
 def lost_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged about lost statuses."""
+    """The messages about lost statuses."""
     return [message for message in (record.getMessage() for record in caplog.records) if "lost" in message]
 
 
@@ -72,7 +71,7 @@ def assert_reported(backend: str, caplog: pytest.LogCaptureFixture) -> CheckRepo
 
 
 async def watched(pid: int) -> asyncio.Task[ExitStatus]:
-    """A wait() that has begun."""
+    """A task that waits for the process, which is watched already."""
     waiting = asyncio.ensure_future(wait(pid))
     await asyncio.sleep(0)
     return waiting
@@ -95,11 +94,11 @@ def end_reaped_by_other(child: Held, code: int) -> None:
 
 
 def end_reaped_at_once(child: Held, code: int) -> None:
-    """End a child that somebody else reaps at once, and return when it is gone."""
+    """End a child that other code reaps at once, and return when it is gone."""
     child.end(code)
     with contextlib.suppress(ChildProcessError):
         await_zombie(child.pid)
-    while child.pid in children():  # for an instant after waitid has said ECHILD, if it is the kernel that reaps
+    while child.pid in children():  # if the kernel itself reaps, waitid() fails with ECHILD an instant earlier
         os.sched_yield()
 
 
@@ -108,12 +107,9 @@ def on_loop(program: str, loop_factory: LoopFactory) -> str:
     return program.replace("LOOP", f"import {loop_factory.__module__} as m; loop = m.{loop_factory.__qualname__}()")
 
 
-# Signals after the end, and numbers that are used again.
-
-
 @pytest.fixture
 def recycle(other_reaper: ctypes.CDLL) -> Iterator[Callable[[int], int]]:
-    """Makes a new child with the number of one that was reaped; returns what to write its exit code to."""
+    """Make a new child with the pid of a reaped one. Return the descriptor for its exit code."""
     pipes: list[int] = []
     pids: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What other code does in a process with children: reap them, replace SIGCHLD handlers, use up descriptors."""
+"""Hostile code in a process with children: it reaps them, replaces SIGCHLD handlers, and uses up descriptors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from contextlib import AbstractAsyncContextManager
 from .seccomp import compile_c
 
 _IGNORE, _NOCLDWAIT, _REAP_ALL = range(3)  # of other_reaper.c
-_CHAINING, _NOT_CHAINING = 0, 2  # of handlers.c; one of each, since two that chain may come to call each other for ever
+_CHAINING, _NOT_CHAINING = 0, 2  # of handlers.c; one of each, since two that chain can call each other for ever
 
 Kinds = dict[str, Callable[[], AbstractAsyncContextManager[None]]]
 
 
 class Mischief:
-    """Three who do one thing after another, each for a moment, while the loop runs on."""
+    """Three tasks. Each does one thing after another, for a moment, while the loop runs."""
 
     def __init__(self, seed: float, ender: str) -> None:
         self.random = random.Random(seed)
@@ -53,7 +53,7 @@ class Mischief:
         }
 
     def mark(self) -> int:
-        """What to ask `may_be_reaped_by_others` with about a child that is made now."""
+        """The argument of `may_be_reaped_by_others` for a child that is made now."""
         return -1 if self._reapers_now else self._reaper_count
 
     def may_be_reaped_by_others(self, mark: int) -> bool:
@@ -61,7 +61,7 @@ class Mischief:
         return self._reapers_now > 0 or self._reaper_count != mark
 
     async def run(self, deadline: float) -> None:
-        """Be up to something until then."""
+        """Run until then."""
         await asyncio.gather(*[self._run(kinds, rest_s, deadline) for rest_s, kinds in self._kinds.items()])
 
     async def _run(self, kinds: Kinds, rest_s: float, deadline: float) -> None:
@@ -78,7 +78,7 @@ class Mischief:
         self._executor.shutdown()
 
     def reset_handler(self) -> None:
-        """Set SIGCHLD to its default, whoever handles it."""
+        """Set SIGCHLD to its default."""
         self._handlers.set_default(0)
 
     @contextlib.contextmanager
@@ -92,7 +92,7 @@ class Mischief:
 
     @contextlib.contextmanager
     def _handler_put_back(self) -> Iterator[None]:
-        # Behind Python's back: its own table keeps its handler, for whoever has come to call it in a chain.
+        # Not by signal.signal(): Python keeps its handler, which another handler may still call.
         self._other_reaper.other_save_sigchld()
         try:
             yield
@@ -163,7 +163,7 @@ class Mischief:
             with contextlib.suppress(OSError):  # EMFILE
                 while True:
                     held.append(os.dup(0))
-            for _ in range(min(len(held), self.random.randrange(4))):  # what needs more than one gets no further than that
+            for _ in range(min(len(held), self.random.randrange(4))):  # a call that needs more than one may fail halfway
                 os.close(held.pop())
             yield
         finally:
@@ -172,5 +172,5 @@ class Mischief:
 
 
 def is_out_of_descriptors(exc: OSError) -> bool:
-    """Return whether that is why something could not be done."""
+    """Return whether the error is a lack of descriptors."""
     return exc.errno in (errno.EMFILE, errno.ENFILE)

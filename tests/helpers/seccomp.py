@@ -1,4 +1,4 @@
-"""Old kernels and strict sandboxes, by real seccomp filters: run a command, or this process, with system calls refused.
+"""Real seccomp filters, in place of old kernels and strict sandboxes: some system calls fail in a command or this process.
 
 The rules are those of nopidfd.c, as in "pidfd_open=EPERM,waitid_pidfd=EPERM"; an errno is ENOSYS if it is not named.
 By hand, for the whole suite:
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-# Set in what runs under a filter: tests that put a filter over the suite must not do so once more inside it.
+# Set in a process under a filter: tests that run the suite under a filter are skipped inside it.
 NESTED = "AIOPIDFD_TESTS_UNDER_FILTER"
 
 # pidfds cannot be had at all. clone3 is refused with ENOSYS by both: after any other error glibc (since 2.34) does not try
@@ -36,7 +36,7 @@ _SOURCES = Path(__file__).parent
 
 @functools.cache
 def _directory() -> Path:
-    """A directory for what is compiled, removed at the end of this process, but not of a forked child of it."""
+    """A directory for compiled files. This process removes it at its end; its forked children do not."""
     path, pid = Path(tempfile.mkdtemp(prefix="aiopidfd-tests-")), os.getpid()
 
     def remove() -> None:
@@ -49,7 +49,7 @@ def _directory() -> Path:
 
 @functools.cache
 def compile_c(source: str, *options: str) -> Path:
-    """Compile a C file of the tests, once per process; return what was made. Skip the test, and say why, if it cannot be."""
+    """Compile a C file of the tests, once per process. Return the result. Skip the test if there is no compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler")
@@ -82,13 +82,13 @@ def under_filter(rules: str, command: list[str], **popen: Any) -> subprocess.Com
 
 
 def python_under_filter(rules: str, program: str, *options: str, **popen: Any) -> str:
-    """Run a Python program under a filter; return what it has printed. Fail if it fails, and show why."""
+    """Run a Python program under a filter. Return what it prints. Fail, with its errors, if it fails."""
     result = under_filter(rules, [sys.executable, *options, "-c", program], timeout=60, **popen)
     assert result.returncode == 0, f"{result.stdout}{result.stderr}"
     return str(result.stdout)
 
 
 def installing(rules: str) -> str:
-    """A Python statement that puts a filter over the thread that runs it, and over its children, from then on."""
+    """A Python statement that installs a filter for the thread that runs it, and for its children."""
     library = compile_c("nopidfd.c", "-shared", "-fPIC")
     return f"import ctypes; assert ctypes.CDLL({str(library)!r}).ap_install_filter({rules.encode()!r}) == 0"

@@ -1,4 +1,4 @@
-"""The SIGCHLD backend under test: fixtures, handlers of others, and what a test does with them."""
+"""Tests of the SIGCHLD backend: fixtures, other handlers, and helpers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aiopidfd._watch.registries import registry_of
 from .children import Held
 from .seccomp import compile_c
 
-# An exit that no signal has told is found by the check once a second; the rest is for a busy machine.
+# The check once a second finds an exit without a signal. The rest is for a busy machine.
 FOUND_BY_CHECK_S = 2.5
 
 SA_NOCLDWAIT = 2
@@ -29,7 +29,7 @@ SA_NOCLDWAIT = 2
 
 @pytest.fixture(autouse=True)
 def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Start from SIG_DFL and return to it, whatever the test does."""
+    """Set SIGCHLD to SIG_DFL before and after the test."""
     monkeypatch.setenv(ENVIRONMENT, "sigchld")
     monkeypatch.setattr(sigchld_backend, "_replaced", (0.0, ""))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -39,13 +39,13 @@ def sigchld_at_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put off the check once a second."""
+    """Have no check once a second during the test."""
     monkeypatch.setattr(collector, "CHECK_INTERVAL_S", 3600.0)
 
 
 @pytest.fixture
 def handlers() -> Iterator[Any]:
-    """Handlers in C: 0 and 1 call whoever was there before, 1 without a siginfo_t; 2 does not."""
+    """Handlers in C: 0 and 1 call the previous handler, 1 without a siginfo_t. 2 and 3 do not call it."""
     library = ctypes.CDLL(str(compile_c("handlers.c", "-shared", "-fPIC")))
     yield library
     library.set_flags(2, 0)
@@ -65,9 +65,9 @@ class Noted:
 
 
 async def watch(*children: Held) -> list[asyncio.Task[ExitStatus]]:
-    """Have the children watched; return what waits for each. Nothing of what was signalled before is still to be heeded."""
+    """Watch the children. Return a task for each. Signals from before are handled when this returns."""
     tasks = [asyncio.ensure_future(wait(child.pid)) for child in children]
-    await drain()  # a new reaper is woken once for all wakes before it
+    await drain()  # a new reaper wakes up once for all earlier signals
     return tasks
 
 
@@ -77,25 +77,25 @@ async def watch_one(child: Held) -> asyncio.Task[ExitStatus]:
 
 
 def is_in_front() -> bool:
-    """Whether SIGCHLD calls our handler first."""
+    """Whether the handler of SIGCHLD is ours."""
     return describe_sigchld().startswith("ours")
 
 
 async def drain() -> None:
-    """Let the loop do what it can do without waiting."""
+    """Let the loop do all that it can do without waiting."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 def backend_of_this_loop() -> sigchld_backend.SigchldBackend:
-    """The one under test."""
+    """The SIGCHLD backend of the running loop."""
     backend = registry_of(asyncio.get_running_loop())._sigchld
     assert backend is not None
     return backend
 
 
 def check_now() -> None:
-    """Do the check of once a second now."""
+    """Do now what the check once a second does."""
     registry = registry_of(asyncio.get_running_loop())
     with registry._lock:
         registry._take_records(backend_of_this_loop().check())

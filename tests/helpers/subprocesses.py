@@ -1,4 +1,4 @@
-"""Subprocesses for tests, and the loops that they run on: of our classes, and others that a watcher is attached to."""
+"""Subprocesses for tests, and the loops for them: of our classes, and others with a watcher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except ImportError:
 
 
 PIPE = subprocess.PIPE
-# What only Popen can do, so that it is Popen that starts the process.
+# An option that needs Popen, so that Popen starts the process.
 BY_POPEN: dict[str, Any] = {"preexec_fn": int}
 
 needs_uvloop = pytest.mark.skipif(uvloop is None, reason="uvloop is not installed")
@@ -39,14 +39,14 @@ needs_child_watchers = pytest.mark.skipif(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Multiply what conftest makes of a test that runs on a loop by the two ways in which that loop is ours."""
+    """Run each test with a loop twice: on a loop of our classes, and on a loop with a watcher."""
     if inspect.iscoroutinefunction(metafunc.function) or "loop_factory" in metafunc.fixturenames:
         metafunc.parametrize("plug", ["class", "attached"], indirect=True)
 
 
 @pytest.fixture
 def plug(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have conftest run the test on a loop whose subprocesses are ours."""
+    """Have conftest run the test on a loop that starts subprocesses by our functions."""
     make_plain_loop = conftest._loop_factory
 
     def attached(kind: str) -> asyncio.AbstractEventLoop:
@@ -70,7 +70,7 @@ async def drain() -> None:
 
 
 async def output_of(*command: Any, **keywords: Any) -> str:
-    """What a program that must succeed prints."""
+    """The output of a program, which must succeed."""
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, **keywords)
     output, _ = await process.communicate()
     assert process.returncode == 0
@@ -78,7 +78,7 @@ async def output_of(*command: Any, **keywords: Any) -> str:
 
 
 async def talk(process: asyncio.subprocess.Process, data: bytes | None = None) -> tuple[bytes | None, bytes | None]:
-    """What `communicate` returns: None for what is no pipe, of which its type does not know."""
+    """The result of `communicate`: None for a stream that is no pipe. (asyncio's type hints do not know that.)"""
     return await process.communicate(data)
 
 
@@ -87,7 +87,7 @@ async def shell_output(script: str, **keywords: Any) -> str:
 
 
 def is_ours(process: asyncio.subprocess.Process) -> bool:
-    """Whether its transport is one of ours."""
+    """Whether its transport is ours."""
     return isinstance(process._transport, SubprocessTransport)  # type: ignore[attr-defined] # there is no public way
 
 
@@ -103,12 +103,12 @@ def gate() -> Iterator[tuple[int, Callable[[], None]]]:
 
 
 def reading(held: int) -> str:
-    """The shell command that ends when the gate opens. (Debian's sh does not know descriptors of two digits.)"""
+    """A shell command that exits when the gate opens. (Debian's sh does not support descriptors of two digits.)"""
     return f"read x < /proc/self/fd/{held}"
 
 
 def await_end(pid: int) -> None:
-    """Return once the child has ended, whether or not somebody reaps it then."""
+    """Return once the child has ended. It may be reaped by then."""
     with contextlib.suppress(ChildProcessError):
         await_zombie(pid)
 
@@ -119,38 +119,38 @@ def assert_reaped(pid: int) -> None:
 
 
 class Recorder(asyncio.SubprocessProtocol):
-    """Remembers what it is told, in order."""
+    """A protocol that records the calls of its methods, in order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.end = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.tell("connection_made")
+        self.record("connection_made")
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
-        self.tell("data", fd, data)
+        self.record("data", fd, data)
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        self.tell("pipe_lost", fd)
+        self.record("pipe_lost", fd)
 
     def process_exited(self) -> None:
-        self.tell("exited")
+        self.record("exited")
 
     def connection_lost(self, exc: Exception | None) -> None:
         assert exc is None
         self.end.set_result(None)
-        self.tell("connection_lost")
+        self.record("connection_lost")
 
-    def tell(self, *event: Any) -> None:
+    def record(self, *event: Any) -> None:
         self.events.append(event)
 
 
 class Raiser(Recorder):
-    """Raises whatever it is told."""
+    """A protocol whose methods raise."""
 
-    def tell(self, *event: Any) -> None:
-        super().tell(*event)
+    def record(self, *event: Any) -> None:
+        super().record(*event)
         raise ZeroDivisionError(event[0])
 
 
@@ -167,7 +167,7 @@ EVENTS = [
 
 
 def assert_in_order(events: list[tuple[Any, ...]]) -> None:
-    """Each event once; what depends on another after that."""
+    """Assert that each event is there once, and after those that it depends on."""
     assert sorted(events) == sorted(EVENTS)
     assert events[0] == ("connection_made",)
     assert events[-1] == ("connection_lost",)

@@ -47,7 +47,7 @@ async def main():
     os.close(read)
     await wait(os.posix_spawn("/bin/true", ["true"], {}))  # so that all is done that a loop does once
     all_told, left = loop.create_future(), count
-    def tell(*args):
+    def note(*args):
         nonlocal left
         left -= 1
         if not left:
@@ -57,9 +57,9 @@ async def main():
     mark("begin")
     for pid in pids:
         if path == "add_child_handler":
-            watcher.add_child_handler(pid, tell)
+            watcher.add_child_handler(pid, note)
         else:
-            registry.observe(pid, tell, tell, check=False)
+            registry.observe(pid, note, note, check=False)
     mark("end")
     for pid in pids:  # one by one, so that they are reaped in the order of their pidfds
         os.kill(pid, signal.SIGKILL)

@@ -185,27 +185,27 @@ def signals_group() -> str:
     return said
 
 
-def tells_exit() -> str:
+def reports_exit() -> str:
     """The answer of PIDFD_GET_INFO for a child that another waitpid() reaped."""
     with one_held() as child:
         pidfd = syscalls.open_pidfd(child.pid)
         child.end_unreaped(3)
         os.waitpid(child.pid, 0)
-        told: list[int | None] = []
-        said = answer(lambda: told.append(syscalls.get_exit(pidfd)))
+        reported: list[int | None] = []
+        said = answer(lambda: reported.append(syscalls.get_exit(pidfd)))
         os.close(pidfd)
-    assert said != "yes" or told == [3 << 8]
+    assert said != "yes" or reported == [3 << 8]
     return said
 
 
-def tells_exit_of_zombie() -> str:
+def reports_exit_of_zombie() -> str:
     with one_held() as child:
         pidfd = syscalls.open_pidfd(child.pid)
         child.end_unreaped(3)
-        told: list[int | None] = []
-        said = answer(lambda: told.append(syscalls.get_exit(pidfd)))
+        reported: list[int | None] = []
+        said = answer(lambda: reported.append(syscalls.get_exit(pidfd)))
         os.close(pidfd)
-    return "not yet" if told == [None] else said
+    return "not yet" if reported == [None] else said
 
 
 # These answers are the same on every kernel.

@@ -63,11 +63,11 @@ CLAIMS: dict[str, tuple[Callable[[], str], dict[tuple[int, int], str]]] = {
     ),
     "PIDFD_SIGNAL_PROCESS_GROUP": (answers.signals_group, since(6, 9, before="EINVAL")),
     "PIDFD_INFO_EXIT of reaped": (
-        answers.tells_exit,
+        answers.reports_exit,
         {ALWAYS: "ENOTTY", (6, 11): "EINVAL", (6, 13): "ESRCH", (6, 15): "yes"},
     ),
     "PIDFD_INFO_EXIT of zombie": (
-        answers.tells_exit_of_zombie,
+        answers.reports_exit_of_zombie,
         {ALWAYS: "ENOTTY", (6, 11): "EINVAL", (6, 13): "not yet"},
     ),
     "child without exit signal": (answers.keeps_child_without_signal, {ALWAYS: "kept"}),
@@ -107,11 +107,11 @@ async def test_status_that_others_took_is_recovered_since_6_15_and_lost_before(c
             child.end_unreaped(code)
             os.waitpid(child.pid, 0)
         statuses = await asyncio.gather(*waits)
-    told = [(status.returncode, status.source) for status in statuses]
+    reported = [(status.returncode, status.source) for status in statuses]
     warned = [record.getMessage().partition(":")[0] for record in caplog.records if record.levelno >= logging.WARNING]
     if RUNNING >= (6, 15):
-        assert told == [(code, "recovered") for code in range(20)]
+        assert reported == [(code, "recovered") for code in range(20)]
         assert warned == []
     else:
-        assert told == [(255, "lost")] * 20
+        assert reported == [(255, "lost")] * 20
         assert sorted(warned) == sorted(f"child process pid {child.pid}" for child in children)

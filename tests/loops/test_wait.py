@@ -173,8 +173,8 @@ async def test_stranger_is_waited_for_and_its_status_reported_when_its_parent_re
     with Stranger() as stranger:
         waiting = asyncio.ensure_future(wait(stranger.pid))
         await asyncio.sleep(0)
-        stranger.tell("end")
-        stranger.tell("reap")
+        stranger.send("end")
+        stranger.send("reap")
         status = await waiting
     assert status.pid == stranger.pid
     if backend == "pidfd" and can_recover_exit():
@@ -187,7 +187,7 @@ async def test_stranger_that_stays_a_zombie_is_reported_without_a_status() -> No
     with Stranger() as stranger:
         waiting = asyncio.ensure_future(wait(stranger.pid))
         await asyncio.sleep(0)
-        stranger.tell("end")
+        stranger.send("end")
         status = await waiting
         assert (status.returncode, status.source) == (None, "not-child")
 

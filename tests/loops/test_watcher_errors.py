@@ -104,11 +104,11 @@ def test_interrupt_in_a_callback_strands_no_other_child(loop_factory: LoopFactor
 
 def test_interrupt_in_a_callback_strands_no_other_callback_of_the_child(loop_factory: LoopFactory) -> None:
     """The other callbacks are called once, when the loop runs again."""
-    told: list[int] = []
+    reported: list[int] = []
     watchers = [PidfdWatcher() for _ in range(4)]
 
     def interrupt(_: int, returncode: int, number: int) -> None:
-        told.append(number)
+        reported.append(number)
         raise SystemExit(returncode)
 
     async def main() -> None:
@@ -116,7 +116,7 @@ def test_interrupt_in_a_callback_strands_no_other_callback_of_the_child(loop_fac
             for number, watcher in enumerate(watchers):
                 watcher.add_child_handler(child.pid, interrupt, number)
             child.end(3)
-            while len(told) < len(watchers):
+            while len(reported) < len(watchers):
                 await asyncio.sleep(0.001)
 
     loop = loop_factory()
@@ -130,7 +130,7 @@ def test_interrupt_in_a_callback_strands_no_other_callback_of_the_child(loop_fac
         running.result()
     finally:
         loop.close()
-    assert sorted(told) == [0, 1, 2, 3]
+    assert sorted(reported) == [0, 1, 2, 3]
 
 
 def test_interrupt_before_the_batch_is_released_leaves_no_descriptor(loop_factory: LoopFactory) -> None:

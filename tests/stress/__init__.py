@@ -1,1 +1,1 @@
-"""Many children at once, at random, beside all that a process can do to itself."""
+"""Many children at once, at random, in a process with hostile code."""

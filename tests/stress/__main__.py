@@ -26,12 +26,12 @@ from . import chaos
 AT_A_TIME = 64
 NATIVE_AT_A_TIME = 4  # uvloop takes milliseconds for each
 
-# How long a round may take before what is missing is called lost.
+# How long a round may take. A child that is not reported by then is lost.
 PATIENCE_S = 60.0
 
 
 class Stress:
-    """One run: rounds of children until the time is up, or the number is reached."""
+    """One run: rounds of children until the time is up or the number is reached."""
 
     def __init__(self, seed: int, *, native: bool) -> None:
         self.random = random.Random(seed)
@@ -41,7 +41,7 @@ class Stress:
         self.children = self.lost = self.wrong = self.natives = 0
 
     async def run(self, seconds: float, children: int) -> None:
-        """Make children for so long, or so many of them."""
+        """Make children until the time is up or their number is reached."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.children < children:
             count = min(AT_A_TIME, children - self.children)
@@ -51,7 +51,7 @@ class Stress:
             await asyncio.gather(*rounds)
 
     async def _round(self, count: int) -> None:
-        """Start children, watch them, let them go in another order, and see what is told of them."""
+        """Start children, watch them, end them in another order, and check what is reported."""
         waits, orders, pids = [], [], []
         for _ in range(count):
             read, write = os.pipe()
@@ -60,7 +60,7 @@ class Stress:
             waits.append(asyncio.ensure_future(wait(pid)))
             orders.append(write)
             pids.append(pid)
-        await asyncio.sleep(0)  # now they are watched, and only now they may end
+        await asyncio.sleep(0)  # now they are watched, and may end
         expected = {}
         for number in self.random.sample(range(count), count):
             expected[number] = self._end(pids[number], orders[number])
@@ -79,7 +79,7 @@ class Stress:
             self.wrong += status.returncode != expected[number] or status.pid != pids[number]
 
     def _end(self, pid: int, order: int) -> int:
-        """Have the child end somehow; return what is to be told of it. It cannot have ended before."""
+        """Have the child end somehow. Return the expected returncode. The child cannot have ended before."""
         kind = self.random.randrange(3)
         if kind == 0:
             expected = self.random.randrange(256)
@@ -94,7 +94,7 @@ class Stress:
         return expected
 
     async def _native(self) -> None:
-        """One child of the loop's own."""
+        """Run one subprocess of the loop's own."""
         code = self.random.randrange(256)
         process = await asyncio.create_subprocess_exec(self.ender, stdin=asyncio.subprocess.PIPE)
         await process.communicate(bytes([ord("x"), code]))
@@ -104,7 +104,7 @@ class Stress:
         self.wrong += process.returncode != code
 
     def report(self) -> str:
-        """The figures, the last two of which must be 0."""
+        """The figures. The last two must be 0."""
         sources = ", ".join(f"{count} {source}" for source, count in sorted(self.sources.items()) if source != "recovered")
         return (
             f"children {self.children} ({sources})\nrecovered {self.sources['recovered']}\n"
@@ -113,7 +113,7 @@ class Stress:
 
 
 def run(factory: LoopFactory, stress: Stress, seconds: float, children: int, *, hostile: bool) -> None:
-    """Run on a new loop, beside a thread in waitpid(-1) if that is wanted."""
+    """Run on a new loop, with a thread in waitpid(-1) if requested."""
     loop = factory()
     other_reaper = ctypes.CDLL(str(compile_c("other_reaper.c", "-O1", "-shared", "-fPIC", "-pthread"))) if hostile else None
     if other_reaper is not None and other_reaper.other_reaper_start() != 0:

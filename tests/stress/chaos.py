@@ -1,4 +1,4 @@
-"""Children that churn while all goes on around them that a process can do to itself: python -m tests.stress --chaos."""
+"""Many lives of children, beside hostile code in the same process: python -m tests.stress --chaos."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from ..helpers.mischief import Mischief
 from ..helpers.seccomp import compile_c
 from .chaos_lives import PATIENCE_S, Act, Held
 
-DESCRIPTORS = 1500  # enough for what lives at a time; few, so that they are quickly used up
-WARM_UP = 0.25  # of the time; what memory has grown to by then is not counted
+DESCRIPTORS = 1500  # enough for all lives at a time, and soon used up
+WARM_UP = 0.25  # of the time; the growth of memory until then is not counted
 
-# What a run without a leak may be found grown by. The second is for the allocators: on a busy machine, where few lives are
-# lived while it warms up, what they keep has been seen to grow by 8 MiB in 60 s, and by no more in 300 s.
+# The growth that counts as no leak. The second limit is for the allocators. On a busy machine the warm-up is short, and the
+# memory that they keep has grown by 8 MiB in 60 s, and by no more in 300 s.
 TRACED_LIMIT = 256 << 10
 RESIDENT_LIMIT = 32 << 20
 
 
 class Chaos:
-    """One run: loop after loop until the time is up, and what was seen."""
+    """One run: one loop after another until the time is up, and the figures."""
 
     def __init__(self, factory: LoopFactory, seed: int) -> None:
         self.random = random.Random(seed)
         self.factory = factory
         self.ender = str(compile_c("ender.c", "-O1", "-static"))
         self.executor = ThreadPoolExecutor(4)
-        self.waiting_executor = ThreadPoolExecutor(4)  # of those who may have to wait for the others
+        self.waiting_executor = ThreadPoolExecutor(4)  # for calls that may wait for those in the other executor
         self.mischief = Mischief(self.random.random(), self.ender)
         self.recoverable = can_recover_exit()
         self.sources: Counter[str] = Counter()
@@ -54,11 +54,11 @@ class Chaos:
         self._lock = threading.Lock()
 
     def run(self, seconds: float) -> None:
-        """Make loops for so long."""
+        """Make loops until the time is up."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS, hard), hard))
-        self._act(0.1)  # what a process opens once and keeps is open now
+        self._act(0.1)  # so that all is open that a process opens once
         started, descriptors = time.monotonic(), open_descriptors()
         tracemalloc.start()
         memory: tuple[int, int] | None = None
@@ -77,7 +77,7 @@ class Chaos:
         self.left_children = children()
 
     def _act(self, seconds: float) -> None:
-        """One loop, from its making to its end, which some children outlive."""
+        """Run one loop from its start to its end. Some children outlive it."""
         loop = self.factory()
         loop.set_exception_handler(lambda _, context: self.errors.append(repr(context)))
         act = Act(self, loop, self.random.random(), time.monotonic() + seconds)
@@ -91,7 +91,7 @@ class Chaos:
         act.release()
 
     def _settle(self) -> None:
-        """See to it that nobody is left but those of whom the library does not know: a new loop is all that it takes."""
+        """Make a new loop, which reaps all children that the library knows."""
         deadline = time.monotonic() + PATIENCE_S
         while children() and time.monotonic() < deadline:
             loop = self.factory()
@@ -99,8 +99,8 @@ class Chaos:
             registry_of(loop)
             loop.close()
 
-    def told(self, child: Held, returncode: int | None, source: str) -> None:
-        """Take down what was told of a child. From any thread."""
+    def reported(self, child: Held, returncode: int | None, source: str) -> None:
+        """Count what was reported of a child. From any thread."""
         with self._lock:
             self.sources[source] += 1
             if source == "lost":
@@ -120,7 +120,7 @@ class Chaos:
                 setattr(self, name, getattr(self, name) + number)
 
     def is_broken(self) -> bool:
-        """Return whether a promise was."""
+        """Return whether a promise was broken."""
         numbers = (self.lost, self.wrong, self.hung, self.left_open, self.left_children, self.errors)
         return any(numbers) or self.traced > TRACED_LIMIT or self.resident > RESIDENT_LIMIT
 
@@ -149,12 +149,12 @@ class Chaos:
 
 
 def counted(what: Counter[str]) -> str:
-    """Say how many of each."""
+    """Return the numbers as text."""
     return ", ".join(f"{count} {name}" for name, count in sorted(what.items()))
 
 
 def measure_memory() -> tuple[int, int]:
-    """Return what Python's allocator has given out, and what the process has, in bytes."""
+    """Return the memory allocated by Python and the memory of the process, in bytes."""
     gc.collect()
     with open("/proc/self/statm", encoding="ascii") as statm:
         resident = int(statm.read().split()[1]) * resource.getpagesize()
@@ -162,8 +162,8 @@ def measure_memory() -> tuple[int, int]:
 
 
 def run(kind: str, seconds: float, seed: int) -> int:
-    """Run for so long, print what was seen; return 1 if a promise was broken."""
-    # What is lost is counted; the log would be all that there is to read.
+    """Run, print the figures, and return 1 if a promise was broken."""
+    # Lost statuses are counted. Their warnings would hide the figures.
     logging.getLogger("aiopidfd").addHandler(logging.NullHandler())
     factory: LoopFactory = aiopidfd.SelectorEventLoop if kind == "asyncio" else aiopidfd.UvloopEventLoop
     faulthandler.dump_traceback_later(seconds + 4 * PATIENCE_S, exit=True)

@@ -1,4 +1,4 @@
-"""The lives of the children in the chaos: who makes them, who watches them, and what becomes of them."""
+"""The lives of the children in the chaos: how they are made, watched and ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEFT_PER_LOOP = 20  # children that outlive it
 
 
 def fork(orders: int) -> int:
-    """Fork from whatever thread this is; return the child's pid."""
+    """Fork from any thread. Return the child's pid."""
     pid = os.fork()
     if pid == 0:
         code = 98
@@ -45,7 +45,7 @@ class Skipped(Exception):
 
 
 class Held:
-    """A child that waits for its orders, and what may be told of it."""
+    """A child that waits for its orders, and what may be reported of it."""
 
     def __init__(self, pid: int, orders: int, mark: int) -> None:
         self.pid = pid
@@ -55,7 +55,7 @@ class Held:
         self.orders = orders
 
     def end(self, chance: random.Random) -> None:
-        """Have it end somehow. It cannot have ended before, so that its pid is its own."""
+        """Have it end somehow. It cannot have ended before, so its pid is still its own."""
         kind = chance.randrange(4)
         if kind == 0:
             self.may_be = {-signal.SIGKILL}
@@ -75,13 +75,13 @@ class Held:
                 os.kill(self.pid, signal.SIGKILL)
 
     def bury(self) -> None:
-        """Reap it as its owner, if nobody else has."""
+        """Reap it as its owner, if it is not reaped yet."""
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
 
 class Act:
-    """One loop's part of a run: LANES lanes, on each one child's life after the other."""
+    """The part of one loop in a run: LANES tasks, each with one life after another."""
 
     def __init__(self, chaos: Chaos, loop: asyncio.AbstractEventLoop, seed: float, deadline: float) -> None:
         self.chaos = chaos
@@ -106,12 +106,12 @@ class Act:
         }
 
     async def run(self) -> None:
-        """Live until the deadline, and then all lives to their end."""
+        """Start lives until the deadline, and finish them."""
         registry_of(self.loop)  # while there are descriptors for it
         await asyncio.gather(self.chaos.mischief.run(self.deadline), *[self._lane() for _ in range(LANES)])
 
     def release(self) -> None:
-        """Let those go whose loop is gone."""
+        """End the children whose loop is closed."""
         for child in self.left:
             child.end(self.random)
             os.close(child.orders)
@@ -143,7 +143,7 @@ class Act:
 
     @contextlib.asynccontextmanager
     async def _made(self, make: Callable[[int], Awaitable[int]]) -> AsyncIterator[Held]:
-        """A child; afterwards its pipe is closed. If its end was not ordered, it is killed and reaped."""
+        """A child. Afterwards its pipe is closed. If it was not ordered to end, it is killed and reaped."""
         mark = self.chaos.mischief.mark()
         with contextlib.ExitStack() as stack:
             orders, writer = os.pipe()
@@ -164,24 +164,24 @@ class Act:
         return self.random.choice(self.makers)
 
     def _end(self, child: Held) -> None:
-        """Order its end, and remember how it is watched then."""
+        """Order it to end, and note how it is watched then."""
         watched = registry_of(self.loop)._children[child.pid]
         child.by_pidfd = watched.backend.name == "pidfd"
         child.end(self.random)
 
     async def _end_after_a_stop(self, child: Held, is_told: Callable[[], bool]) -> None:
-        """Stop it, order its end, and let it go on to that."""
+        """Stop it, order it to end, and continue it."""
         os.kill(child.pid, signal.SIGSTOP)
         watched = registry_of(self.loop)._children[child.pid]
         await self._pause()
         self.chaos.count(wrong=is_told())  # it has only stopped
         child.by_pidfd = watched.backend.name == "pidfd"
         child.end(self.random)
-        with contextlib.suppress(ProcessLookupError):  # killed, and reaped by somebody
+        with contextlib.suppress(ProcessLookupError):  # killed and reaped
             os.kill(child.pid, signal.SIGCONT)
 
     async def _have(self, child: Held, future: asyncio.Future[Any]) -> Any:
-        """Wait for it; None if that hangs."""
+        """Wait for it. Return None if that hangs."""
         await asyncio.wait([future], timeout=PATIENCE_S)
         if future.done():
             return future.result()
@@ -200,7 +200,7 @@ class Act:
                 await self._pause()
                 for task in given_up:
                     task.cancel()
-            if self.random.random() < 0.2:  # nobody watches it for a moment
+            if self.random.random() < 0.2:  # it is unwatched for a moment
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
@@ -220,8 +220,8 @@ class Act:
                 if status is not None:
                     self.chaos.count(wrong=status.pid != child.pid)
                     if number == 0:
-                        self.chaos.told(child, status.returncode, status.source)
-                    else:  # all are told the same
+                        self.chaos.reported(child, status.returncode, status.source)
+                    else:  # all get the same
                         self.chaos.count(wrong=status != tasks[0].result())
             for task in given_up:
                 with contextlib.suppress(asyncio.CancelledError):
@@ -230,17 +230,17 @@ class Act:
     async def _handled(self) -> None:
         """A watcher's callback, which is called once."""
         async with self._made(self._any_maker()) as child:
-            told: asyncio.Future[int] = self.loop.create_future()
+            reported: asyncio.Future[int] = self.loop.create_future()
             # A second call is an InvalidStateError, and so an error.
-            self.watcher.add_child_handler(child.pid, lambda _, returncode: told.set_result(returncode))
+            self.watcher.add_child_handler(child.pid, lambda _, returncode: reported.set_result(returncode))
             await self._pause()
             self._end(child)
-            returncode = await self._have(child, told)
+            returncode = await self._have(child, reported)
             if returncode is not None:
-                self.chaos.told(child, returncode, "lost" if returncode == LOST_RETURNCODE else "told to a handler")
+                self.chaos.reported(child, returncode, "lost" if returncode == LOST_RETURNCODE else "told to a handler")
 
     async def _peeked(self) -> None:
-        """Its owner reaps it, once told."""
+        """Its owner reaps it when it is reported."""
         async with self._made(self._any_maker()) as child:
             waiting = asyncio.ensure_future(wait(child.pid, reap=False))
             await asyncio.sleep(0)
@@ -248,11 +248,11 @@ class Act:
             self._end(child)
             status = await self._have(child, waiting)
             if status is not None:
-                self.chaos.told(child, status.returncode, status.source)
+                self.chaos.reported(child, status.returncode, status.source)
             child.bury()
 
     async def _cancelled(self) -> None:
-        """Whoever waits gives up while it ends."""
+        """The wait is cancelled while it ends."""
         async with self._made(self._any_maker()) as child:
             waiting = asyncio.ensure_future(wait(child.pid))
             await asyncio.sleep(0)
@@ -262,7 +262,7 @@ class Act:
                 await asyncio.wait([waiting])
             else:
                 status = waiting.result()
-                self.chaos.told(child, status.returncode, status.source)
+                self.chaos.reported(child, status.returncode, status.source)
             child.bury()
 
     async def _subprocess(self) -> None:
@@ -278,7 +278,7 @@ class Act:
             self._end(child)
             returncode = await self._have(child, asyncio.ensure_future(processes[0].wait()))
             if returncode is not None:
-                self.chaos.told(child, returncode, "lost" if returncode == LOST_RETURNCODE else "of a subprocess")
+                self.chaos.reported(child, returncode, "lost" if returncode == LOST_RETURNCODE else "of a subprocess")
 
     async def _afork(self) -> None:
         """A forked child with a handle."""
@@ -293,10 +293,10 @@ class Act:
             await self._have(child, asyncio.ensure_future(handles[0].wait()))
             status = handles[0].exit_status
             if status is not None:
-                self.chaos.told(child, status.returncode, status.source)
+                self.chaos.reported(child, status.returncode, status.source)
 
     async def _cancelled_afork(self) -> None:
-        """A child that is half-made when nobody wants it any more."""
+        """An afork that is cancelled before the child is ready."""
         forking = asyncio.ensure_future(aiopidfd.afork(partial(time.sleep, 60)))
         await self._pause()
         forking.cancel()
@@ -313,20 +313,20 @@ class Act:
                 raise Skipped
             orders = os.dup(child.orders)
             if self.random.random() < 0.5:
-                self.watcher.add_child_handler(child.pid, print)  # not while this loop is there
+                self.watcher.add_child_handler(child.pid, print)  # not called while this loop runs
             else:
                 task = asyncio.ensure_future(wait(child.pid))
                 task._log_destroy_pending = False  # type: ignore[attr-defined] # that is what we are here for
                 await asyncio.sleep(0)
             self.left.append(Held(child.pid, orders, child.mark))
-            child.may_be = {None}  # it is not this life's to end
+            child.may_be = {None}  # another function ends it
 
     async def _other_loop(self) -> None:
-        """Another loop in another thread: it is closed while children of it live on."""
+        """A loop in another thread. It is closed while its children run."""
         await self.loop.run_in_executor(self.chaos.waiting_executor, self._run_other_loop, self.random.random())
 
     def _run_other_loop(self, seed: float) -> None:
-        # A loop that cannot be made complains on stderr, that of asyncio as that of uvloop. This one can, nearly always.
+        # A loop of asyncio or uvloop that cannot be made writes to stderr. This wait makes that rare.
         with contextlib.ExitStack() as room:
             for _ in range(16):
                 room.callback(os.close, os.dup(0))
@@ -359,16 +359,16 @@ class Act:
                 waiting = asyncio.ensure_future(wait(child.pid))
                 await asyncio.sleep(0)
                 if waiting.done():
-                    await waiting  # short of descriptors, which it takes to look at a stranger
+                    await waiting  # out of descriptors: watching a stranger needs one
                 watched = registry_of(self.loop)._children[child.pid]
                 child.by_pidfd = watched.backend.name == "pidfd"
-                stranger.tell("end")
-                stranger.tell("reap")
+                stranger.send("end")
+                stranger.send("reap")
                 status = await self._have(child, waiting)
                 if status is not None:
                     if status.source == "not-child" and not (child.by_pidfd and self.chaos.recoverable):
                         child.may_be = {None}
-                    self.chaos.told(child, status.returncode, status.source)
+                    self.chaos.reported(child, status.returncode, status.source)
             finally:
                 await call(stranger.__exit__)  # which waits
         finally:

@@ -1,4 +1,4 @@
-"""Make a fork server suffer: `python -m tests.stress.forkserver`. Ends with 1 if anything was lost or wrong."""
+"""Stress a fork server: `python -m tests.stress.forkserver`. Exits with 1 if anything was lost or wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AT_ONCE = 32
 
 
 def end(how: int) -> int:
-    """Exit with a code below 256, or by the signal above it."""
+    """Exit with a code below 256, or by the signal number above 256."""
     if how >= 256:
         os.kill(os.getpid(), how - 256)
     logging.getLogger("worker").debug("%s", bytearray(1000))
@@ -35,7 +35,7 @@ def end(how: int) -> int:
 
 @contextlib.contextmanager
 def thread(step: Callable[[], object]) -> Iterator[None]:
-    """A thread that does `step` over and over."""
+    """A thread that calls `step` again and again."""
     done = threading.Event()
 
     def run() -> None:
@@ -52,7 +52,7 @@ def thread(step: Callable[[], object]) -> Iterator[None]:
 
 
 def reap_first() -> None:
-    """Reap whatever child there is, as a library does that thinks that it is alone."""
+    """Reap any child, as a careless library does."""
     try:
         pid, _ = os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
@@ -66,13 +66,13 @@ _log = logging.getLogger("stress")
 
 
 def be_busy() -> None:
-    """Keep the allocator and the locks of logging busy."""
+    """Use the allocator and the locks of logging."""
     _log.info("%d", len([bytearray(random.randrange(1, 100_000)) for _ in range(10)]))
 
 
 async def make_workers(server: aiopidfd.ForkServer, count: int) -> collections.Counter[str]:
-    """Make `count` workers, AT_ONCE at a time, and count how their ends were told."""
-    told: collections.Counter[str] = collections.Counter()
+    """Make `count` workers, AT_ONCE at a time. Count the sources of their statuses."""
+    reported: collections.Counter[str] = collections.Counter()
     left = iter(range(count))
 
     async def make() -> None:
@@ -81,26 +81,26 @@ async def make_workers(server: aiopidfd.ForkServer, count: int) -> collections.C
             child = await server.afork(end, how)
             returncode = await child.wait()
             assert child.exit_status is not None
-            told[child.exit_status.source] += 1
-            told["right" if returncode == (how if how < 256 else 256 - how) else "wrong"] += 1
+            reported[child.exit_status.source] += 1
+            reported["right" if returncode == (how if how < 256 else 256 - how) else "wrong"] += 1
 
     await asyncio.gather(*[make() for _ in range(AT_ONCE)])
-    return told
+    return reported
 
 
 async def beside_other_reaper(count: int, method: Any) -> bool:
-    """Somebody reaps all children that can be seen, and SIGCHLD is ignored half of the time."""
+    """Run beside a thread that reaps all visible children. SIGCHLD is ignored half of the time."""
     async with aiopidfd.ForkServer(start_method=method, preload=[__name__]) as server:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         with thread(reap_first):
-            told = await make_workers(server, count // 2)
+            reported = await make_workers(server, count // 2)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            told += await make_workers(server, count - count // 2)
+            reported += await make_workers(server, count - count // 2)
     taken = sum(reaped.values()) - reaped[0]
-    print(f"other reaper, {method}: {dict(told)}, {taken} reaped in {sum(reaped.values())} attempts")
+    print(f"other reaper, {method}: {dict(reported)}, {taken} reaped in {sum(reaped.values())} attempts")
     # A spawned server's workers have an exit signal, so waitpid(-1) finds them; before Linux 6.15 their status is lost then.
-    may_be_lost = told["lost"] if method == "spawn" and not can_recover_exit() else 0
-    return told["right"] + may_be_lost == count
+    may_be_lost = reported["lost"] if method == "spawn" and not can_recover_exit() else 0
+    return reported["right"] + may_be_lost == count
 
 
 async def suffer_threads(count: int, method: Any) -> bool:
@@ -112,14 +112,14 @@ async def suffer_threads(count: int, method: Any) -> bool:
         async with aiopidfd.ForkServer(start_method=method, preload=[__name__]) as server:
             for _ in range(8 if method == "fork" else 0):
                 stack.enter_context(thread(be_busy))
-            told = await make_workers(server, count)
+            reported = await make_workers(server, count)
             stack.close()
-    print(f"threads, {method}: {dict(told)}")
-    return told["right"] == count
+    print(f"threads, {method}: {dict(reported)}")
+    return reported["right"] == count
 
 
 async def suffer_death(rounds: int) -> bool:
-    """The server is killed amid 200 requests."""
+    """Kill the server during 200 requests."""
     results: collections.Counter[str] = collections.Counter()
     async with aiopidfd.ForkServer(restart=True) as server:
         for _ in range(rounds):
@@ -161,5 +161,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # By its own name, under which a spawned fork server finds what its workers are to run.
+    # Import it by its name: a spawned fork server finds the functions of its workers there.
     sys.exit(importlib.import_module("tests.stress.forkserver").main())

@@ -1,4 +1,4 @@
-"""Ten thousand live children on one loop: all are seen, within the descriptor limit, for little memory."""
+"""Ten thousand live children on one loop: all are reported, within the descriptor limit and with little memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..conftest import LoopFactory, open_descriptors, run_on
 from ..helpers.seccomp import compile_c
 
 COUNT = 10_000
-SPARE = 300  # descriptors, and pids, that others need
+SPARE = 300  # descriptors and pids for other use
 
-# What the watcher may keep for each of them. It keeps a dict entry, a Child, and the callback with its arguments.
+# The memory that the watcher may keep for each: a dict entry, a Child, and the callback with its arguments.
 TRACED_LIMIT = 400
-RESIDENT_LIMIT = 800  # with what the allocators round up to
+RESIDENT_LIMIT = 800  # the allocators round up
 
 
 def read_number(path: str) -> int | None:
-    """The number in a file of the kernel's; None if it is not there, or says that there is no limit."""
+    """The number in a file of the kernel. None if there is no such file, or no limit."""
     try:
         return int(Path(path).read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError):
@@ -38,7 +38,7 @@ def read_number(path: str) -> int | None:
 
 @pytest.fixture
 def room_for_them(backend: str) -> Iterator[None]:
-    """Skip, and say why, where so many cannot live; allow as many descriptors as we may have."""
+    """Skip the test if the limits are too low. Raise the soft limit of descriptors to the hard one."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if backend == "pidfd" and limits[1] < COUNT + SPARE:
         pytest.skip(f"RLIMIT_NOFILE allows {limits[1]} descriptors, and it takes {COUNT + SPARE}")
@@ -57,7 +57,7 @@ def room_for_them(backend: str) -> Iterator[None]:
 
 @pytest.fixture
 def children(room_for_them: None) -> Iterator[tuple[dict[int, int], Callable[[], None]]]:
-    """So many children, by pid the code that each ends with, and what lets them all go at once."""
+    """So many children: the exit code by pid, and a function that ends all of them."""
     program = os.fsencode(compile_c("tiny.c", "-O1", "-static", "-nostdlib", "-fno-stack-protector"))
     codes: dict[int, int] = {}
     read, write = os.pipe()
@@ -72,7 +72,7 @@ def children(room_for_them: None) -> Iterator[tuple[dict[int, int], Callable[[],
                 codes[pid] = code
         except OSError as exc:
             end_all(codes)
-            if exc.errno != errno.EAGAIN:  # RLIMIT_NPROC, or a limit of the container's
+            if exc.errno != errno.EAGAIN:  # RLIMIT_NPROC, or a limit of the container
                 raise
             pytest.skip(f"{len(codes)} processes are allowed here, and it takes {COUNT}")
         try:
@@ -82,7 +82,7 @@ def children(room_for_them: None) -> Iterator[tuple[dict[int, int], Callable[[],
 
 
 def end_all(pids: dict[int, int]) -> None:
-    """Kill and reap those that the test has left."""
+    """Kill and reap the children that are left."""
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
@@ -107,7 +107,7 @@ def test_ten_thousand_children_are_all_seen(
         done = asyncio.get_running_loop().create_future()
         left = len(codes)
 
-        def told(pid: int, returncode: int) -> None:
+        def reported(pid: int, returncode: int) -> None:
             nonlocal left
             assert seen[pid] == -1, "told twice"
             seen[pid] = returncode
@@ -117,14 +117,14 @@ def test_ten_thousand_children_are_all_seen(
 
         def watch_all() -> None:
             for pid in codes:
-                watcher.add_child_handler(pid, told)
+                watcher.add_child_handler(pid, reported)
 
         gc.collect()
         before = resident()
         watch_all()
         resident_bytes = resident() - before
         descriptors = len(open_descriptors())
-        # Once more, to count what is allocated; the counting itself takes memory.
+        # A second time, to count the allocations: counting takes memory itself.
         for pid in codes:
             assert watcher.remove_child_handler(pid)
         gc.collect()
@@ -142,7 +142,7 @@ def test_ten_thousand_children_are_all_seen(
     assert seen == codes
     print(
         f"{COUNT} children, {descriptors} descriptors; per child {traced_bytes / COUNT:.0f} bytes allocated by Python, "
-        f"{resident_bytes / COUNT:.0f} more resident"  # less than it takes if an earlier test has left room in the heap
+        f"{resident_bytes / COUNT:.0f} more resident"  # too low if an earlier test has left free memory in the heap
     )
     assert descriptors < SPARE + (COUNT if backend == "pidfd" else 0)
     assert traced_bytes / COUNT < TRACED_LIMIT

@@ -44,17 +44,17 @@ class Observer:
 
     def __init__(self, *, reap: bool = True) -> None:
         self.reap = reap
-        self.told: list[int | None] = []
+        self.reported: list[int | None] = []
 
     def handle(self, pid: int, returncode: int, expected_pid: int) -> None:
         """Be a handler."""
         assert pid == expected_pid
-        self.told.append(returncode)
+        self.reported.append(returncode)
 
     def take(self, task: asyncio.Task[ExitStatus]) -> None:
         """Be told what a task was."""
         if not task.cancelled() and task.exception() is None:
-            self.told.append(task.result().returncode)
+            self.reported.append(task.result().returncode)
 
 
 class Child:
@@ -236,9 +236,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def is_as_it_must_be(self) -> None:
         assert self.errors == []
-        assert [observer.told for observer in self.taken_back if observer.told] == []
+        assert [observer.reported for observer in self.taken_back if observer.reported] == []
         for child in self.children:
-            assert [observer.told for observer in child.observers if observer.told] == []
+            assert [observer.reported for observer in child.observers if observer.reported] == []
             assert child.is_unreaped() is not child.reaped
 
     def teardown(self) -> None:
@@ -282,7 +282,7 @@ class Machine(RuleBasedStateMachine):
     def replaced(self, child: Child, watcher: PidfdWatcher, by: Observer) -> None:
         """Take note of a handler that another one took the place of: at most one of them is told."""
         last = child.handlers[watcher]
-        if not last.told:
+        if not last.reported:
             self.taken_back.append(last)
 
     def drop_handlers(self, watcher: PidfdWatcher, *, warns: bool, do: Any) -> None:
@@ -307,11 +307,11 @@ class Machine(RuleBasedStateMachine):
         """See that all observers of a child are told, once, and the right thing."""
         observers = child.observers
         deadline = time.monotonic() + PATIENCE_S
-        while not all(observer.told for observer in observers) or (child.handle and child.handle.returncode is None):
-            assert time.monotonic() < deadline, f"{[observer.told for observer in observers]} of {child.returncode}"
+        while not all(observer.reported for observer in observers) or (child.handle and child.handle.returncode is None):
+            assert time.monotonic() < deadline, f"{[observer.reported for observer in observers]} of {child.returncode}"
             self.loop.run_until_complete(asyncio.sleep(0.001))
         self.loop.run_until_complete(turns())
-        assert [observer.told for observer in observers] == [[child.returncode]] * len(observers)
+        assert [observer.reported for observer in observers] == [[child.returncode]] * len(observers)
         if child.handle is not None:
             assert child.handle.returncode == child.returncode
         child.handlers.clear()

@@ -1,4 +1,4 @@
-"""A real server: eight workers that share a socket, replaced one by one under load, and nobody notices."""
+"""A server with eight workers on one socket. They are replaced one by one under load, and no request fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..conftest import LoopFactory
 
 WORKERS = 8
 
-# Requests until it reads a line, eight at a time, one connection each; prints how many were answered and what failed.
+# Sends requests until it reads a line, eight at a time, one connection each. Prints the number of answers and the failures.
 _CLIENT = """
 import asyncio, json, sys
 
@@ -50,7 +50,7 @@ asyncio.run(main(int(sys.argv[1])))
 
 
 def serve(loop_factory: LoopFactory, listener: socket.socket) -> int:
-    """Be a worker: answer until SIGTERM, then finish what was begun, and exit with 0."""
+    """Be a worker: answer until SIGTERM, then finish the open requests and exit with 0."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -100,7 +100,7 @@ async def test_rolling_restart_under_load_fails_no_request_and_loses_no_exit(loo
             ended.append(await old.stop())
             workers[place] = new
 
-        # The workers answer while the client comes to its end.
+        # The workers answer until the client ends.
         output, _ = await asyncio.get_running_loop().run_in_executor(None, client.communicate, "enough\n")
         answered, failures = json.loads(output)
         ended += [await worker.stop() for worker in workers]

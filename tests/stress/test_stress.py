@@ -15,8 +15,8 @@ from ..helpers.seccomp import compile_c
 
 
 def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
-    compile_c("ender.c", "-O1", "-static")  # skips where it cannot be
+    """Run the stress test to its end."""
+    compile_c("ender.c", "-O1", "-static")  # skips the test without a compiler
     return subprocess.run(
         [sys.executable, "-m", module, *options],
         cwd=Path(__file__).parents[2],
@@ -28,13 +28,13 @@ def stress(*options: str, module: str = "tests.stress") -> subprocess.CompletedP
 
 
 def figures(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
-    """What it has counted."""
+    """The figures of a run."""
     lines = [line.split() for line in run.stdout.splitlines()]
     return {words[0]: int(words[1]) for words in lines if words[0] in ("taken", "children", "recovered", "lost", "wrong")}
 
 
 @pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forbidden here")
-@pytest.mark.skipif(not can_recover_exit(), reason="this kernel does not tell the status of a child that others reaped")
+@pytest.mark.skipif(not can_recover_exit(), reason="this kernel does not report the status of a child that others reaped")
 @pytest.mark.parametrize("kind", LOOPS)
 def test_nothing_is_lost_to_a_hostile_reaper(kind: str) -> None:
     run = stress("--seconds", "3", "--loop", kind, "--hostile")

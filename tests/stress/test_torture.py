@@ -1,4 +1,4 @@
-"""Short runs of the torture of subprocesses: no deadlock, nothing wrong, no descriptor where it should not be."""
+"""Short runs of the torture of subprocesses: no deadlock, no wrong status, no inherited descriptor."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif("pidfd" not in BACKENDS, reason="pidfds are forb
 
 
 def torture(*options: str) -> None:
-    """Run it to its end; fail if it fails."""
-    compile_c("reporter.c", "-O1")  # skips where it cannot be
+    """Run the torture to its end. It must succeed."""
+    compile_c("reporter.c", "-O1")  # skips the test without a compiler
     run = subprocess.run(
         [sys.executable, "-m", "tests.stress.torture", *options],
         cwd=Path(__file__).parents[2],

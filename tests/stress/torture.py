@@ -27,14 +27,14 @@ from ..helpers.children import DEADLY
 from ..helpers.seccomp import compile_c
 
 AT_A_TIME = 8  # in each thread
-OTHERS_DESCRIPTORS = 254  # the program's exit code if it has a descriptor that it should not have, or lacks one
+OTHERS_DESCRIPTORS = 254  # the program's exit code if it has a wrong descriptor, or lacks one
 
 # How long one subprocess may take before it is called hung.
 PATIENCE_S = 300.0  # an emulated machine takes 60
 
 
 class Spawner:
-    """One thread's share of the programs, and what came of them."""
+    """The programs of one thread, and their results."""
 
     def __init__(self, seed: str, count: int) -> None:
         self.random = random.Random(seed)
@@ -43,7 +43,7 @@ class Spawner:
         self.counts: Counter[str] = Counter()
 
     async def run(self) -> None:
-        """Start them all, some at a time."""
+        """Start all programs, some at a time."""
         await asyncio.gather(*(self._run_some() for _ in range(AT_A_TIME)))
 
     async def _run_some(self) -> None:
@@ -88,7 +88,7 @@ def _run_spawner(factory: LoopFactory, spawner: Spawner, failures: list[BaseExce
 
 @contextlib.contextmanager
 def _busy(allocating: int, forking: int, *, hostile: bool) -> Iterator[None]:
-    """Threads of C code around us; on the way out what they have done is printed."""
+    """Threads of C code in this process. At the end, print what they have done."""
     library = ctypes.CDLL(str(compile_c("busy.c", "-O1", "-shared", "-fPIC", "-pthread")))
     other_reaper = ctypes.CDLL(str(compile_c("other_reaper.c", "-O1", "-shared", "-fPIC", "-pthread"))) if hostile else None
     library.busy_allocate.restype = library.busy_fork.restype = ctypes.c_long
@@ -113,7 +113,7 @@ def _busy(allocating: int, forking: int, *, hostile: bool) -> Iterator[None]:
 
 
 def main() -> int:
-    """Parse the command line, run, print; return 1 if anything was wrong."""
+    """Parse the command line, run, print, and return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.torture", description=__doc__)
     parser.add_argument("--programs", type=int, default=10_000, help="how many in all (default: 10000)")
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
@@ -134,7 +134,7 @@ def main() -> int:
     ]
     failures: list[BaseException] = []
     threads = [threading.Thread(target=_run_spawner, args=(factory, spawner, failures)) for spawner in spawners]
-    _run_spawner(factory, Spawner("warm-up", 1), failures)  # which opens what a process has one of
+    _run_spawner(factory, Spawner("warm-up", 1), failures)  # opens all that a process opens once
     before = set(os.listdir("/proc/self/fd"))
     started = time.monotonic()
     with _busy(options.allocating, options.forking, hostile=options.hostile):

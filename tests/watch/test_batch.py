@@ -35,13 +35,13 @@ async def test_pidfd_of_a_child_that_is_dropped_amid_its_batch_is_closed_once(mo
         return batch
 
     with one_held() as child, one_held() as other:
-        told = asyncio.get_running_loop().create_future()
-        watcher.add_child_handler(child.pid, lambda *_: told.set_exception(AssertionError("it was dropped")))
+        reported = asyncio.get_running_loop().create_future()
+        watcher.add_child_handler(child.pid, lambda *_: reported.set_exception(AssertionError("it was dropped")))
         monkeypatch.setattr(Reaper, "reap", reap_and_drop)
         child.end_unreaped(1)
         while not somebodys:
             await asyncio.sleep(0)
-        watcher.add_child_handler(other.pid, lambda pid, code: told.set_result(code))
+        watcher.add_child_handler(other.pid, lambda pid, code: reported.set_result(code))
         other.end(2)
-        assert await told == 2
+        assert await reported == 2
         os.close(somebodys[0])  # EBADF if we have closed it

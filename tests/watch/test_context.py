@@ -151,12 +151,12 @@ async def test_protocol_that_takes_the_place_of_streams_runs_in_the_context_of_w
 async def test_each_of_many_observers_runs_in_its_own_context() -> None:
     seen: list[str | None] = []
     watchers = [PidfdWatcher() for _ in range(4)]
-    told = asyncio.get_running_loop().create_future()
+    reported = asyncio.get_running_loop().create_future()
 
     def note(pid: int, returncode: int, *args: object) -> None:
         seen.append(name_of_user())
         if len(seen) == len(watchers):
-            told.set_result(None)
+            reported.set_result(None)
 
     with one_held() as child:
         refs = []
@@ -169,7 +169,7 @@ async def test_each_of_many_observers_runs_in_its_own_context() -> None:
         waiter = asyncio.ensure_future(aiopidfd.wait(child.pid))
         await asyncio.sleep(0)
         child.end(0)
-        await told
+        await reported
         await waiter
     assert seen == [f"user {number}" for number in range(len(watchers))]
     await forget(*refs)

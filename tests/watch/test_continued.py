@@ -159,9 +159,9 @@ first, second = socket.socketpair()
 seen = []
 loop.add_reader(first, lambda: seen.append(first.recv(9)))
 held = subprocess.Popen(["sh", "-c", "read x; exit 5"], stdin=subprocess.PIPE)
-told = loop.create_future()
+reported = loop.create_future()
 async def watch():
-    watcher.add_child_handler(held.pid, lambda pid, code: told.set_result(code))
+    watcher.add_child_handler(held.pid, lambda pid, code: reported.set_result(code))
 run(watch())
 
 def child():
@@ -176,7 +176,7 @@ second.send(b"text")
 run(asyncio.sleep(0.01))
 assert seen == [b"text"], seen
 held.stdin.write(b"\\n"); held.stdin.close()
-assert run(limited(told)) == 5
+assert run(limited(reported)) == 5
 assert run(all_of_them()) == [3] * 4
 start, rounds = time.process_time(), 0
 run(asyncio.sleep(0.3))
@@ -193,9 +193,9 @@ def test_parent_that_goes_on_is_unharmed(kind: str, whose: str, backend: str) ->
 
 _NO_SPIN = """
 held = subprocess.Popen(["sh", "-c", "read x; exit 5"], stdin=subprocess.PIPE)
-told = loop.create_future()
+reported = loop.create_future()
 async def watch():
-    watcher.add_child_handler(held.pid, lambda pid, code: told.set_result(code))
+    watcher.add_child_handler(held.pid, lambda pid, code: reported.set_result(code))
 run(watch())
 held.stdin.write(b"\\n"); held.stdin.close()
 os.waitid(os.P_PID, held.pid, os.WEXITED | os.WNOWAIT)  # the parent's reaper is readable, and nobody reads it
@@ -213,7 +213,7 @@ def child():
     assert spent < 0.25, spent
 
 assert in_child(child)
-assert run(limited(told)) == 5  # the child has not taken it away
+assert run(limited(reported)) == 5  # the child has not taken it away
 print("done")
 """
 

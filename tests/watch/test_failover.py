@@ -110,15 +110,15 @@ async def test_error_that_stays_is_reported_once_and_costs_nothing(monkeypatch: 
 
     errors = Errors()
     with held(2) as (child, other):
-        told = asyncio.get_running_loop().create_future()
-        PidfdWatcher().add_child_handler(child.pid, lambda _, returncode: told.set_result(returncode))
+        reported = asyncio.get_running_loop().create_future()
+        PidfdWatcher().add_child_handler(child.pid, lambda _, returncode: reported.set_result(returncode))
         monkeypatch.setattr(Reaper, "reap", refuse)
         waiting = asyncio.ensure_future(wait(other.pid))
         await asyncio.sleep(0)
         other.end(6)
         child.end(5)
         began = time.thread_time()
-        assert await asyncio.wait_for(told, 10) == 5
+        assert await asyncio.wait_for(reported, 10) == 5
         assert (await asyncio.wait_for(waiting, 10)).returncode == 6
         assert time.thread_time() - began < 0.5
         assert 1 <= len(refused) <= 4
@@ -184,14 +184,14 @@ def test_timers_are_set_in_the_loops_thread(loop_factory: LoopFactory, monkeypat
     watcher = PidfdWatcher(backend="sigchld")
     watcher.attach_loop(loop)
     with one_held() as child:
-        told = []
-        thread = threading.Thread(target=watcher.add_child_handler, args=(child.pid, lambda *args: told.append(args)))
+        reported = []
+        thread = threading.Thread(target=watcher.add_child_handler, args=(child.pid, lambda *args: reported.append(args)))
         thread.start()  # before the loop runs
         thread.join()
         child.end(3)
 
         async def main() -> None:
-            while not told:
+            while not reported:
                 await asyncio.sleep(0.01)
 
         loop.run_until_complete(asyncio.wait_for(main(), 10))

@@ -127,18 +127,18 @@ def test_loop_that_is_run_in_a_protocol_method_goes_on(where: str, main: Any, ba
 def test_loop_that_is_run_in_an_exit_callback_goes_on(main: Any, backend: str) -> None:
     async def outer() -> None:
         loop = asyncio.get_running_loop()
-        told = loop.create_future()
+        reported = loop.create_future()
 
         def note(pid: int, returncode: int) -> None:
             try:
-                told.set_result(run_nested(loop, main(), 500))
+                reported.set_result(run_nested(loop, main(), 500))
             except AssertionError as exc:
-                told.set_exception(exc)
+                reported.set_exception(exc)
 
         with one_held() as child:
             PidfdWatcher().add_child_handler(child.pid, note)
             child.end(0)
-            assert await told == 3
+            assert await reported == 3
 
     run(outer())
 
@@ -150,17 +150,17 @@ def test_each_observer_of_a_batch_is_notified_once_however_deep_the_loop_runs(de
 
     async def outer() -> None:
         loop = asyncio.get_running_loop()
-        told: list[int] = []
+        reported: list[int] = []
         done = loop.create_future()
         left = deep
 
         def note(pid: int, returncode: int) -> None:
             nonlocal left
-            told.append(pid)
+            reported.append(pid)
             if left:
                 left -= 1
                 assert run_nested(loop, run_program()) == 3
-            if len(told) == 2 * count and not done.done():
+            if len(reported) == 2 * count and not done.done():
                 done.set_result(None)
 
         with held(count) as children:
@@ -171,7 +171,7 @@ def test_each_observer_of_a_batch_is_notified_once_however_deep_the_loop_runs(de
             end_all(children)
             await done
             await asyncio.sleep(0)
-            assert sorted(told) == sorted(2 * [child.pid for child in children])
+            assert sorted(reported) == sorted(2 * [child.pid for child in children])
 
     run(outer())
 

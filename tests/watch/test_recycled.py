@@ -48,26 +48,26 @@ def reap_first(child: Held, code: int) -> None:
 
 def observe(pid: int, backend: Choice, how: str) -> asyncio.Future[int]:
     """Observe a child by this backend; return its returncode to be."""
-    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    reported: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def note(pid: int, returncode: int) -> None:
-        told.set_result(returncode)
+        reported.set_result(returncode)
 
     def note_status(status: ExitStatus) -> None:
-        told.set_result(-1 if status.returncode is None else status.returncode)
+        reported.set_result(-1 if status.returncode is None else status.returncode)
 
     registry = registry_of(asyncio.get_running_loop())
     if how == "handler":
         PidfdWatcher(backend=backend).add_child_handler(pid, note)
     elif how == "peeking":
-        registry.observe(pid, told, note_status, reap=False, backend=backend)
+        registry.observe(pid, reported, note_status, reap=False, backend=backend)
     elif how == "spawned" and backend == "pidfd":
-        registry.observe(pid, told, note_status, pidfd=registry._reaper.add(pid, 0), is_held=True, is_new=True)
+        registry.observe(pid, reported, note_status, pidfd=registry._reaper.add(pid, 0), is_held=True, is_new=True)
     elif how in ("forked", "spawned"):
-        registry.observe(pid, told, note_status, check=False, backend=backend, is_new=True)
+        registry.observe(pid, reported, note_status, check=False, backend=backend, is_new=True)
     else:
-        registry.observe(pid, told, note_status, backend=backend)
-    return told
+        registry.observe(pid, reported, note_status, backend=backend)
+    return reported
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
@@ -106,13 +106,13 @@ async def test_handle_of_a_new_child_is_not_that_of_the_last(first: Choice, recy
 async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: LoopFactory, recycle: Recycle) -> None:
     """The other loop knows it by pid alone, and would reap the new child of this one."""
     watching, is_recycled, noticed, go_on = (threading.Event() for _ in range(4))
-    told: list[int] = []
+    reported: list[int] = []
 
     async def watch_elsewhere() -> None:
         old = observe(child.pid, "sigchld", "handler")
         watching.set()
         is_recycled.wait(10)  # or that loop would report the child before
-        told.append(await asyncio.wait_for(old, 10))
+        reported.append(await asyncio.wait_for(old, 10))
         noticed.set()
         go_on.wait(10)
 
@@ -129,7 +129,7 @@ async def test_number_of_a_child_of_another_loop_is_not_confused(loop_factory: L
         assert await asyncio.wait_for(new, 10) == 6
         go_on.set()
         thread.join()
-        assert told == [255]
+        assert reported == [255]
 
 
 def test_number_of_a_child_that_outlived_its_loop_is_not_confused(loop_factory: LoopFactory, recycle: Recycle) -> None:

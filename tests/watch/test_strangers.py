@@ -64,8 +64,8 @@ async def watch(stranger: Stranger) -> asyncio.Task[ExitStatus]:
 
 async def end_and_reap(stranger: Stranger, waiting: asyncio.Task[ExitStatus], backend: str) -> None:
     """Have it end, and see that this is told as it can be here."""
-    stranger.tell("end")
-    stranger.tell("reap")
+    stranger.send("end")
+    stranger.send("reap")
     status = await asyncio.wait_for(waiting, FOUND_BY_CHECK_S)
     if backend == "pidfd" and can_recover_exit():
         assert (status.returncode, status.source) == (11, "recovered")
@@ -87,7 +87,7 @@ async def test_stranger_whose_main_thread_has_ended_is_alive(backend: str) -> No
 
 async def test_zombie_of_another_process_is_reported_though_it_was_one_before() -> None:
     with Stranger() as stranger:
-        stranger.tell("end")
+        stranger.send("end")
         while not (read_state(stranger.pid) or ProcState(None, has_ended=True)).has_ended:
             pass
         status = await asyncio.wait_for(wait(stranger.pid), FOUND_BY_CHECK_S)
@@ -127,7 +127,7 @@ async def test_stranger_can_be_waited_for_without_a_descriptor_to_look_at_it(mon
         check_now()
         await asyncio.sleep(0)
         assert not waiting.done()
-        stranger.tell("end")
+        stranger.send("end")
         status = await asyncio.wait_for(waiting, FOUND_BY_CHECK_S)  # though nobody has reaped it: so it was looked at
         assert (status.returncode, status.source) == (None, "not-child")
 
