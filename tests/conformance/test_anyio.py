@@ -1,4 +1,4 @@
-"""anyio's subprocesses, unchanged, on loops of ours."""
+"""anyio's subprocesses, unchanged, on our loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-/* Threads that are in malloc and in fork nearly all the time, without the GIL, until they are told to stop. A shared object. */
+/* Threads that call malloc and fork all the time, without the GIL, until they are stopped. A shared object. */
 #include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -32,7 +32,7 @@ long busy_allocate(void)
     return count;
 }
 
-/* Returns how many processes were forked; -1 if one could not be. They hold copies of every descriptor, for an instant. */
+/* Returns how many processes were forked; -1 if a fork failed. Each has copies of all descriptors for an instant. */
 long busy_fork(void);
 long busy_fork(void)
 {

@@ -1,12 +1,12 @@
-/* The instant in which the kernel has already let go of a reaped process and does not tell its exit yet, held fast: the calls
- * of pidfd.c, but the first ones of ioctl fail with ESRCH. A shared object for the tests. */
+/* The instant in which a process is reaped and the kernel does not report its exit yet: the functions of pidfd.c, but the
+ * first calls of ioctl fail with ESRCH. A shared object for the tests. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
 #include <sys/ioctl.h>
 
-/* How many calls of ioctl are to come too early. */
+/* How many calls of ioctl fail. */
 extern int too_early;
 int too_early;
 

@@ -9,7 +9,7 @@ int main(void)
     unsigned char order[2] = {'x', 99};
     sigset_t none;
 
-    (void)prctl(PR_SET_DUMPABLE, 0); /* nobody wants a thousand cores */
+    (void)prctl(PR_SET_DUMPABLE, 0); /* no thousands of core dumps */
     if (read(0, order, sizeof order) != (ssize_t)sizeof order)
         _exit(99);
     if (order[0] == 's') {

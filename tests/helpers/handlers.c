@@ -1,4 +1,4 @@
-/* SIGCHLD handlers as other libraries install them: some call whoever was there before, some do not. */
+/* SIGCHLD handlers as of other libraries: some call the previous handler, some do not. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -11,7 +11,7 @@
 
 enum { HANDLERS = 4 };
 
-/* Install handler `which` (0 and 1 call whoever was there before, 1 without a siginfo_t; 2 and 3 do not), with all signals
+/* Install handler `which` (0 and 1 call the previous handler, 1 without a siginfo_t; 2 and 3 do not), with all signals
  * blocked in it. Returns 0, or -1. */
 int install_handler(int which);
 
@@ -24,7 +24,7 @@ int was_blocked(int signal);
 /* Have handler `which` installed with these flags, too. */
 void set_flags(int which, int flags);
 
-/* Set SIGCHLD to SIG_DFL with these flags, as a C program may, whatever they mean with it. Returns 0, or -1. */
+/* Set SIGCHLD to SIG_DFL with these flags, as a C program may. Returns 0, or -1. */
 int set_default(int flags);
 
 /* Return the flags that SIGCHLD has now. */
@@ -42,7 +42,7 @@ static void handle(int which, int signal, siginfo_t *info, void *context)
 {
     atomic_fetch_add(&calls[which], 1);
     (void)pthread_sigmask(SIG_SETMASK, NULL, &mask);
-    errno = EDOM; /* as one does that has made system calls, and cares for nobody */
+    errno = EDOM; /* as after failed system calls */
     if (which > 1)
         return;
     if (before[which].sa_flags & SA_SIGINFO)
@@ -68,7 +68,7 @@ int install_handler(int which)
 
     (void)sigfillset(&action.sa_mask);
     (void)sigaction(SIGCHLD, NULL, &found);
-    /* In front already: whoever it calls is known, and is not itself. */
+    /* It is installed already. The handler that it calls is not itself. */
     if (!(found.sa_flags & SA_SIGINFO) || found.sa_sigaction != handlers[which])
         before[which] = found;
     return sigaction(SIGCHLD, &action, NULL);

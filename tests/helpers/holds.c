@@ -1,4 +1,4 @@
-/* Preloaded: a thread that looks at SIGCHLD stands still in there, once, if that was asked for. A shared object. */
+/* Preloaded: if requested, the next call of sigaction(SIGCHLD) blocks, once. A shared object. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <unistd.h>
 
-/* Have the next call of sigaction(SIGCHLD) write a byte to `entered`, and go on when it can read one from `go`. */
+/* Have the next call of sigaction(SIGCHLD) write a byte to `entered`, and continue when it can read one from `go`. */
 void hold_next(int entered, int go);
 
 static _Atomic(int) armed;

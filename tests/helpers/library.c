@@ -1,4 +1,4 @@
-/* What C libraries do that a forked child inherits: handlers of signals, some of which call whoever was there before, and fork
+/* What a forked child inherits from C libraries: handlers of signals, some of which call the previous handler, and fork
  * hooks that make an epoll descriptor. A shared object for the tests. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -10,11 +10,11 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-/* Have `number` handled by a function that writes a dot to stderr and, if `chains`, calls who was there before. Returns 0. */
+/* Handle `number` by a function that writes a dot to stderr and, if `chains`, calls the previous handler. Returns 0. */
 int handle(int number, int chains);
 
-/* Renew an epoll descriptor in each forked child from now on, as a library does that cannot share it: close the inherited one
- * and make another, which gets the same number. Returns the number. */
+/* Replace an epoll descriptor in each forked child from now on, as a library does that cannot share it: close the inherited
+ * one and make another, which gets the same number. Returns the number. */
 int renew_epoll(void);
 
 static struct sigaction before[65];

@@ -127,13 +127,13 @@ static int parse_rule(char *text, struct program *program)
     return 0;
 }
 
-/* Have the calls of `list` fail in this thread, and in those that it makes, from now on. -EINVAL: a rule is wrong.
- * Filters add up: of those that refuse a call, the one installed last decides. Others: see seccomp(2). */
+/* Have the calls in `list` fail from now on, in this thread and in its new threads and children. -EINVAL: a rule is wrong.
+ * Several filters may refuse a call: then the last one decides the errno. Other errors: see seccomp(2). */
 int ap_install_filter(const char *list);
 
 int ap_install_filter(const char *list)
 {
-    static struct program program; /* too large for the stack of whoever loads us */
+    static struct program program; /* too large for the stack of an unknown caller */
     struct sock_fprog filter = {.filter = program.code};
     char copy[1024], *rule, *rest = copy;
     int count = 0;

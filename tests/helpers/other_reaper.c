@@ -28,7 +28,7 @@ static void reap_all(int number)
     int saved_errno = errno;
 
     (void)number;
-    /* Not once it was taken back: whoever was in front of it may still call it. */
+    /* Not once it was replaced: a newer handler may still call it. */
     while (atomic_load(&handler_reaps) && waitpid(-1, NULL, WNOHANG) > 0)
         ;
     errno = saved_errno;
@@ -41,7 +41,7 @@ void other_save_sigchld(void)
     (void)sigaction(SIGCHLD, NULL, &saved);
 }
 
-/* Put that back. */
+/* Restore that. */
 void other_restore_sigchld(void);
 void other_restore_sigchld(void)
 {
@@ -70,7 +70,7 @@ static void *reap_for_ever(void *unused)
         if (waitpid(-1, NULL, 0) > 0)
             (void)atomic_fetch_add(&reaped, 1);
         else
-            (void)nanosleep(&moment, NULL); /* ECHILD: there are no children at the moment */
+            (void)nanosleep(&moment, NULL); /* ECHILD: there are no children now */
     }
     return NULL;
 }
@@ -84,14 +84,14 @@ int other_reaper_start(void)
 
     atomic_store(&stopping, 0);
     atomic_store(&reaped, 0);
-    (void)sigfillset(&all); /* signals are for the threads that expect them */
+    (void)sigfillset(&all); /* no signals in this thread */
     (void)pthread_sigmask(SIG_SETMASK, &all, &old);
     err = pthread_create(&thread, NULL, reap_for_ever, NULL);
     (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
     return err;
 }
 
-/* End it; the last child must have been made. Returns how many it has reaped. */
+/* End the thread. It may wait for one more child. Returns how many children it has reaped. */
 long other_reaper_stop(void);
 long other_reaper_stop(void)
 {
@@ -100,8 +100,8 @@ long other_reaper_stop(void)
     return atomic_load(&reaped);
 }
 
-/* Run a shell program, its standard input from `input`, in a new child with the number `pid`. Returns that, or -errno: EPERM,
- * we may not choose; EEXIST, the number is taken. Linux 5.5. See clone3(2). */
+/* Run a shell program in a new child with the pid `pid` and its standard input from `input`. Returns the pid, or -errno:
+ * EPERM, we may not choose it; EEXIST, it is in use. Linux 5.5. See clone3(2). */
 int other_run_as(int pid, int input, const char *program);
 int other_run_as(int pid, int input, const char *program)
 {

@@ -1,4 +1,4 @@
-/* Preloaded: whoever makes a session of its own gets SIGUSR1 in the middle of that. A shared object. */
+/* Preloaded: a process that calls setsid() gets SIGUSR1 inside the call. A shared object. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -8,6 +8,6 @@
 
 pid_t setsid(void)
 {
-    (void)kill(getpid(), SIGUSR1); /* not raise(), which knows the thread's ID from memory that is its parent's */
+    (void)kill(getpid(), SIGUSR1); /* not raise(): it reads the thread's ID from memory, which is its parent's */
     return (pid_t)syscall(SYS_setsid);
 }

@@ -48,7 +48,7 @@ int main(int argc, char **argv)
         end++;
     }
     code = atoi(end);
-    (void)prctl(PR_SET_DUMPABLE, 0); /* nobody wants a thousand cores */
+    (void)prctl(PR_SET_DUMPABLE, 0); /* no core dumps */
     if (code < 0) {
         sigset_t none;
         (void)sigemptyset(&none);

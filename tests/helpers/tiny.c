@@ -1,4 +1,4 @@
-/* A child that lives until nobody can write to its standard input any more, then exits with the first byte of its argument.
+/* A child that lives until its standard input has no writer any more, then exits with the first byte of its argument.
  *
  * Ten thousand of these live at once: no libc, a handful of pages. */
 

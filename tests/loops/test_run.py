@@ -1,4 +1,4 @@
-"""`aiopidfd.run`, and asyncio's and uvloop's own ways to run on loops of ours."""
+"""`aiopidfd.run`, and asyncio's and uvloop's own functions with our loops."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class Act:
             self._end(child)
             returncode = await self._have(child, reported)
             if returncode is not None:
-                self.chaos.reported(child, returncode, "lost" if returncode == LOST_RETURNCODE else "told to a handler")
+                self.chaos.reported(child, returncode, "lost" if returncode == LOST_RETURNCODE else "reported to a handler")
 
     async def _peeked(self) -> None:
         """Its owner reaps it when it is reported."""

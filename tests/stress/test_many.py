@@ -109,7 +109,7 @@ def test_ten_thousand_children_are_all_seen(
 
         def reported(pid: int, returncode: int) -> None:
             nonlocal left
-            assert seen[pid] == -1, "told twice"
+            assert seen[pid] == -1, "reported twice"
             seen[pid] = returncode
             left -= 1
             if left == 0:

@@ -1,4 +1,4 @@
-"""The watcher against a model of it, driven by Hypothesis: an observer is told of the end once, unless it was taken back."""
+"""The watcher against a model, driven by Hypothesis: an observer is called once for the exit, unless it was removed."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ SETTINGS = settings(
 
 CHILDREN = 3
 WATCHERS = 2
-PATIENCE_S = 5.0  # short, since what fails is tried often to find its least example
+PATIENCE_S = 5.0  # short: Hypothesis repeats a failure many times to find the smallest example
 
 which_child = st.integers(0, CHILDREN - 1)
 which_watcher = st.integers(0, WATCHERS - 1)
 
 
 class Observer:
-    """One who is to be told of a child's end, and what was told."""
+    """An observer of a child's exit, and what was reported to it."""
 
     def __init__(self, *, reap: bool = True) -> None:
         self.reap = reap
         self.reported: list[int | None] = []
 
     def handle(self, pid: int, returncode: int, expected_pid: int) -> None:
-        """Be a handler."""
+        """The callback of a handler."""
         assert pid == expected_pid
         self.reported.append(returncode)
 
     def take(self, task: asyncio.Task[ExitStatus]) -> None:
-        """Be told what a task was."""
+        """The callback of a task."""
         if not task.cancelled() and task.exception() is None:
             self.reported.append(task.result().returncode)
 
 
 class Child:
-    """A child, and what the model knows of it."""
+    """A child, and its state in the model."""
 
     def __init__(self, pid: int, orders: int) -> None:
         self.pid = pid
@@ -67,19 +67,19 @@ class Child:
         self.reaped = False
         self.handlers: dict[PidfdWatcher, Observer] = {}
         self.waits: dict[asyncio.Task[ExitStatus], Observer] = {}
-        self.handle: AbstractChildProcess | None = None  # of one that was forked; observes it, too
+        self.handle: AbstractChildProcess | None = None  # of a forked child; it observes it, too
 
     @property
     def observers(self) -> list[Observer]:
-        """Who is to be told."""
+        """The observers to be called."""
         return [*self.handlers.values(), *self.waits.values()]
 
     def is_to_be_reaped(self) -> bool:
-        """Whether anybody wants that; whoever peeks does not."""
+        """Whether an observer wants that. Those that peek do not."""
         return self.handle is not None or any(observer.reap for observer in self.observers)
 
     def is_unreaped(self) -> bool:
-        """Ask the kernel."""
+        """Whether the kernel still has the zombie."""
         try:
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -88,7 +88,7 @@ class Child:
 
 
 class Machine(RuleBasedStateMachine):
-    """What can be done to watchers and children, between which the loop stands still."""
+    """Operations on watchers and children. The loop does not run between them."""
 
     factory: LoopFactory
 
@@ -103,13 +103,13 @@ class Machine(RuleBasedStateMachine):
         self.closed: set[PidfdWatcher] = set()
         self.attached: set[PidfdWatcher] = set()
         self.children: list[Child] = []
-        self.taken_back: list[Observer] = []  # never to be told
+        self.taken_back: list[Observer] = []  # they must not be called
 
-    # What is done. A rule that runs the loop ends with telling all that is to be told, so that the model knows where it is.
+    # The rules. A rule that runs the loop ends when all expected calls were made, so that the model has the same state.
 
     @initialize()
     def start(self) -> None:
-        """Without a child most rules do nothing."""
+        """Start with a child: without one most rules do nothing."""
         self.spawn()
 
     @precondition(lambda self: len(self.children) < CHILDREN)
@@ -148,7 +148,7 @@ class Machine(RuleBasedStateMachine):
         child, watcher, observer = self.child(number), self.watchers[by], Observer()
         expected = self.why_not_add(child, watcher, in_loop)
         add = partial(watcher.add_child_handler, child.pid, observer.handle, child.pid)
-        # In the loop, it may be told to the others, and be reaped, before this is done.
+        # While the loop runs, it may be reported to the others and reaped before this call.
         may_be_late = in_loop and child.returncode is not None and child.is_to_be_reaped()
         raised: type[Exception] | None = None
         try:
@@ -201,9 +201,9 @@ class Machine(RuleBasedStateMachine):
         assert task.cancelled()
         self.taken_back.append(observer)
         if child.returncode is not None and observer.reap and not child.is_to_be_reaped():
-            child.reaped = not child.is_unreaped()  # either is right: it gave up in the moment of the end
-            if child.reaped:  # and was told to those who peek
-                self.tell(child)
+            child.reaped = not child.is_unreaped()  # both are right: the wait was cancelled at the moment of the exit
+            if child.reaped:  # and was reported to those that peek
+                self.check(child)
         self.settle()
 
     @rule(by=which_watcher)
@@ -249,21 +249,21 @@ class Machine(RuleBasedStateMachine):
         self.is_as_it_must_be()
         for child in self.children:
             os.close(child.orders)
-            if not child.reaped:  # nobody has asked for that
+            if not child.reaped:  # no observer reaps it
                 os.waitpid(child.pid, 0)
         for watcher in self.watchers:
             watcher.close()
         self.loop.close()
         assert (open_descriptors(), children()) == self.before
 
-    # How it is done.
+    # Helpers.
 
     def child(self, number: int) -> Child:
-        """One of those that there are."""
+        """One of the children."""
         return self.children[number % len(self.children)]
 
     def end(self, number: int, order: bytes, returncode: int) -> None:
-        """Have a child end, if it has not; nobody is told as long as the loop stands still."""
+        """Have a child end, if it has not. It is not reported before the loop runs."""
         child = self.child(number)
         if child.returncode is None:
             if order:
@@ -274,37 +274,37 @@ class Machine(RuleBasedStateMachine):
             child.returncode = returncode
 
     def why_not_add(self, child: Child, watcher: PidfdWatcher, in_loop: bool) -> type[Exception] | None:
-        """What add_child_handler is to raise."""
+        """The exception that add_child_handler must raise."""
         if watcher in self.closed or not (in_loop or watcher in self.attached):
             return RuntimeError
         return ProcessLookupError if child.reaped else None
 
     def replaced(self, child: Child, watcher: PidfdWatcher, by: Observer) -> None:
-        """Take note of a handler that another one took the place of: at most one of them is told."""
+        """Note a handler that another one replaced: at most one of them is called."""
         last = child.handlers[watcher]
         if not last.reported:
             self.taken_back.append(last)
 
     def drop_handlers(self, watcher: PidfdWatcher, *, warns: bool, do: Any) -> None:
-        """Do what drops all handlers of a watcher."""
+        """Call what drops all handlers of a watcher."""
         dropped = [child.handlers.pop(watcher) for child in self.children if watcher in child.handlers]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             do()
-        warned = [warning for warning in caught if warning.category is RuntimeWarning]  # not of what is collected just now
+        warned = [warning for warning in caught if warning.category is RuntimeWarning]  # not those of the garbage collector
         assert len(warned) == (warns and bool(dropped))
         self.taken_back += dropped
 
     def settle(self) -> None:
-        """Let the loop tell all that is to be told, and see that it does."""
+        """Run the loop until all expected calls are made, and check them."""
         for child in self.children:
             if child.returncode is not None and not child.reaped and (child.observers or child.handle is not None):
                 child.reaped = child.is_to_be_reaped()
-                self.tell(child)
+                self.check(child)
         self.loop.run_until_complete(turns())
 
-    def tell(self, child: Child) -> None:
-        """See that all observers of a child are told, once, and the right thing."""
+    def check(self, child: Child) -> None:
+        """Check that all observers of a child are called once, with the right returncode."""
         observers = child.observers
         deadline = time.monotonic() + PATIENCE_S
         while not all(observer.reported for observer in observers) or (child.handle and child.handle.returncode is None):
@@ -319,13 +319,13 @@ class Machine(RuleBasedStateMachine):
 
 
 async def turns() -> None:
-    """Some turns of the loop, in which a second call would be seen."""
+    """Some rounds of the loop, in which a second call would be seen."""
     for _ in range(4):
         await asyncio.sleep(0)
 
 
 async def call(function: Any) -> None:
-    """Call it in the loop."""
+    """Call the function in the loop."""
     function()
 
 

@@ -30,7 +30,7 @@ _MEMORY_DEVICES = 1  # major number of /dev/null, zero, full, random, urandom
 
 
 class Snapshot:
-    """The descriptors of this process. A forked child can tell them from those that its fork hooks have opened.
+    """The descriptors of this process. A forked child can distinguish them from those that its fork hooks have opened.
 
     Make it just before the fork, and close it in both processes.
     """

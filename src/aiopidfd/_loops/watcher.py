@@ -156,7 +156,7 @@ with warnings.catch_warnings():
 async def wait(pid: int, *, reap: bool = True) -> ExitStatus:
     """Wait until the process has ended, and return how it ended.
 
-    Any process can be waited for. It may be a child, whoever started it: subprocess, multiprocessing or a C library. It may
+    Any process can be waited for. It may be a child, started by any code: subprocess, multiprocessing or a C library. It may
     be a stranger, that is, another process's child. The kernel reports a stranger's status since Linux 6.15, when its
     parent has reaped it. Otherwise the returncode is None and the source is "not-child".
 

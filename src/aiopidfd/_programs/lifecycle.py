@@ -53,7 +53,7 @@ def cancel_program(registry: Registry, program: StartingProgram) -> None:
         return
     try:
         child = watch_program(registry, program, _ignore)
-    except (ProcessLookupError, ChildProcessError):  # somebody else has reaped it
+    except (ProcessLookupError, ChildProcessError):  # another waitpid() reaped it
         return
     except OSError:
         _kill_and_reap(program)
@@ -69,7 +69,7 @@ def kill(registry: Registry, child: Child) -> None:
                 syscalls.wait_id(*wait_target(child.pid, child.pidfd), os.WEXITED | os.WNOWAIT)
         except PermissionError:  # it runs as another user now, and stays watched
             logger.warning("cannot kill process %d: it runs as another user", child.pid)
-        except ChildProcessError:  # somebody else has reaped it
+        except ChildProcessError:  # another waitpid() reaped it
             pass
 
 

@@ -207,7 +207,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._returncode
 
     def get_pipe_transport(self, fd: int) -> asyncio.BaseTransport | None:
-        """Return the transport of the process's stdin (0), stdout (1) or stderr (2), or None if that is no pipe of ours."""
+        """Return the transport of the process's stdin (0), stdout (1) or stderr (2), or None if it is not a pipe."""
         pipe = self._pipes.get(fd)
         return None if pipe is None else pipe.transport
 
