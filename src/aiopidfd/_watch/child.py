@@ -1,4 +1,8 @@
-"""One watched process, who is to be told of its end, and in which context."""
+"""One watched process and its observers, each with the context in which it is called.
+
+There may be thousands of these objects, so they are small and cheap: slots instead of a dict, a function instead of an
+`__init__` (calling one takes longer than what it does), and room for one observer, since nearly every child has one.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ from .._kernel.exit_status import ExitStatus, Source
 from .._kernel.reaper import SOURCE_LOST, SOURCE_PEEKED, SOURCE_REAPED, SOURCE_RECOVERED, Record
 
 Observer = Callable[..., object]
-"""Called with an ExitStatus or, where there are args to it, with pid, returncode, *args."""
+"""Called with an ExitStatus or, if it was given `args`, with pid, returncode, *args."""
 
 Args = Optional[tuple[Any, ...]]
-"""None: the observer is one of ours, which takes an ExitStatus and leaves its users' contexts to asyncio's futures."""
+"""None: an internal observer. It takes an ExitStatus; asyncio's futures keep the contexts of its users."""
 
 _NOBODY: AbstractSet[object] = frozenset()
 
@@ -26,11 +30,11 @@ _NOBODY: AbstractSet[object] = frozenset()
 class Child:
     """One watched process of one loop.
 
-    `pidfd` is -1 from the moment it was reaped (or if the backend has none); from then on `result` says how it ended, by the
-    reaper's record where that is all there is to say.
+    `pidfd` is -1 once the process was reaped, and if the backend uses none. Once it was reaped `result` is the record of
+    the reaper, or an ExitStatus.
 
-    Whoever observes it has a key; a second observer of the same key replaces the first. Nearly every child has one: so there
-    is a place for one, and a dict only for others. What there is for each child counts when there are thousands.
+    Each observer has a key. A second observer with the same key replaces the first. The first observer stands in slots; a
+    dict for others is made when there are others.
     """
 
     __slots__ = (
@@ -55,16 +59,16 @@ class Child:
     result: Record | ExitStatus | None
     peek: bool
     stranger: bool
-    peekers: AbstractSet[object]  # the observers that asked for reap=False
-    orphan: Orphan  # only once the loop was closed
-    context: Context | None  # what the next observer to be told is called in; None if it is one of ours
+    peekers: AbstractSet[object]  # the keys of observers that asked for reap=False
+    orphan: Orphan  # set when the loop is closed
+    context: Context | None  # of the next observer; None if that is an internal one
     _key: object
     _observer: Observer | None
     _args: Args
     _others: dict[object, tuple[Observer, Args, Context | None]] | None
 
     def add_observer(self, key: object, observer: Observer, args: Args, context: Context | None) -> None:
-        """Have this observer told, instead of the one that has this key if there is one."""
+        """Add an observer, or replace the one that has this key."""
         if self._key is key or (self._observer is None and not self._others):
             self._key, self._observer, self._args, self.context = key, observer, args, context
         else:
@@ -73,7 +77,7 @@ class Child:
             self._others[key] = observer, args, context
 
     def remove_observer(self, key: object) -> bool:
-        """Return whether there was an observer with this key."""
+        """Remove the observer with this key. Return whether there was one."""
         if self._key is key and self._observer is not None:
             self._key = self._observer = self._args = self.context = None
             return True
@@ -84,21 +88,23 @@ class Child:
         return (self._key is key and self._observer is not None) or (self._others is not None and key in self._others)
 
     def count_observers(self) -> int:
-        """Return how many are to be told."""
+        """Return how many observers there are."""
         return (self._observer is not None) + (len(self._others) if self._others else 0)
 
     def drop_observers(self) -> None:
-        """Keep nobody's context and callback: nobody will be told."""
+        """Drop all observers, with their callbacks and contexts."""
         self._key = self._observer = self._args = self.context = self._others = None
 
     def notify(self) -> bool:
-        """Tell one observer of the end, who then is none any more; return whether there are others to be told."""
+        """Call one observer and remove it. Return whether there are others."""
         result, observer, args, context = self.result, self._observer, self._args, self.context
         if result is None:
             return False
         if observer is None:
             return self._promote()
-        self._observer = self._args = self.context = None  # first: it may run the loop, and so us
+        self._observer = self._args = self.context = (
+            None  # first: the observer may run the loop, which calls this function again
+        )
         if args is None:
             if not isinstance(result, ExitStatus):
                 result = self.result = exit_status(self, result)
@@ -114,12 +120,12 @@ class Child:
                 returncode = result.returncode
             if args:
                 context.run(observer, self.pid, returncode, *args)
-            else:  # as nearly always: to unpack nothing takes as long as all the rest
+            else:  # nearly always. To unpack an empty tuple takes as long as all the rest
                 context.run(observer, self.pid, returncode)
         return bool(self._others)
 
     def _promote(self) -> bool:
-        """Make the next of the others the one to be told; return whether there is one."""
+        """Move the next of the other observers into the slots. Return whether there was one."""
         if not self._others:
             return False
         self._key = next(iter(self._others))
@@ -127,8 +133,16 @@ class Child:
         return True
 
 
-def make_child(pid: int, pidfd: int, backend: Backend) -> Child:
-    """Make a Child without observers. An `__init__` would take longer than all that it does."""
+def make_child(  # noqa: PLR0917 - by position, which is faster
+    pid: int,
+    pidfd: int,
+    backend: Backend,
+    key: object,
+    observer: Observer,
+    args: Args = None,
+    context: Context | None = None,
+) -> Child:
+    """Return a Child that has one observer."""
     child = Child()
     child.pid = pid
     child.pidfd = pidfd
@@ -137,7 +151,11 @@ def make_child(pid: int, pidfd: int, backend: Backend) -> Child:
     child.peek = False
     child.stranger = False
     child.peekers = _NOBODY
-    child._key = child._observer = child._args = child.context = child._others = None
+    child._key = key
+    child._observer = observer
+    child._args = args
+    child.context = context
+    child._others = None
     return child
 
 
@@ -150,9 +168,9 @@ _SOURCES: dict[int, Source] = {
 
 
 def exit_status(child: Child, record: Record) -> ExitStatus:
-    """Make an ExitStatus of what the reaper says, and warn if the status is lost.
+    """Return the ExitStatus that a record of the reaper means. Log a warning if the status is lost.
 
-    In the loop's thread, where the lock is not held: a logging handler is a user's code, too.
+    Called in the loop's thread, without the lock: a logging handler is user code.
     """
     _, _, status, source, rusage = record
     if source <= SOURCE_PEEKED:

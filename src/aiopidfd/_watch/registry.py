@@ -1,4 +1,8 @@
-"""One loop's registry of watched processes: who is watched, by which backend, who is told."""
+"""One loop's registry of watched processes and their observers.
+
+`observe` is the one way in, for handlers, handles, transports and `wait()`. `release` does the same for a forked child that
+waits at its start gate.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ _CLOSED = "the event loop is closed, or its process is this one's parent"
 
 
 def claim_pid(pid: int) -> None:
-    """Report a previous owner of a new child's pid, in every loop that watches by pid alone. Not under a registry's lock."""
+    """Report the previous owner of a new child's pid, in all loops that watch by pid alone. Not under a registry's lock."""
     if is_used():
         claim(pid)
         for known in sigchld_collectors.valuerefs():
@@ -34,13 +38,13 @@ def claim_pid(pid: int) -> None:
 
 
 class Registry(Collector):
-    """The watched processes of one loop, and who observes them.
+    """The watched processes of one loop, and their observers.
 
-    Methods may be called from any thread; observers are called in the loop's.
+    Any thread may call the methods. Observers are called in the loop's thread.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, forget: Callable[[Registry], object]) -> None:
-        """Open the backend and register it with `loop`. `forget` is called on the way out.
+        """Open the backend and register it with `loop`. `close` calls `forget`.
 
         OSError EMFILE, ENFILE: out of descriptors.
         """
@@ -95,39 +99,41 @@ class Registry(Collector):
             if child is not None and (is_new or child.backend.is_recycled(pid, child.pidfd)):
                 self._report_lost(child)
                 child = None
-            if child is not None:
-                if pidfd >= 0:
-                    os.close(pidfd)
-            elif is_held:
-                child = make_child(pid, pidfd, self._pidfd)
-            else:
-                child = self._watch(pid, pidfd, backend, check, stranger, not reap)
-            child.add_observer(key, observer, args, None if args is None else copy_context())
+            context = None if args is None else copy_context()
+            if child is None:
+                used: Backend = self._pidfd
+                is_stranger = False
+                if not is_held:
+                    flags = (0 if reap else ADD_PEEK) | (ADD_CHECK_CHILD if check else 0)
+                    # The usual case first, one call of C: by way of `_watch` a child handler costs 5 % more.
+                    is_usual = pidfd < 0 and backend != "sigchld" and decision.name == "pidfd"
+                    opened = try_add(self._reaper.fd, pid, flags) if is_usual else -1
+                    if opened >= 0:
+                        pidfd = opened
+                    else:
+                        used, pidfd, is_stranger = self._watch(pid, pidfd, backend, flags, stranger=stranger)
+                child = make_child(pid, pidfd, used, key, observer, args, context)
+                child.stranger = is_stranger
+                if not reap:
+                    child.peek, child.peekers = True, frozenset((key,))
+                self._children[pid] = child  # with its observer, so that an interrupt leaves none without
+                return child
+            if pidfd >= 0:
+                os.close(pidfd)
+            child.add_observer(key, observer, args, context)
             if child.peekers or not reap:
                 child.peekers = child.peekers - {key} if reap else child.peekers | {key}
                 self._agree_on_peek(child)
-            self._children[pid] = child  # last: whoever is in the registry has an observer, after an interrupt, too
             return child
 
-    def _watch(  # noqa: PLR0917 - by position, which is faster
-        self, pid: int, pidfd: int, choice: Choice, check: bool, stranger: bool, peek: bool
-    ) -> Child:
-        """Have a backend watch a process. Return its Child, which has no observer yet.
-
-        The usual case comes first, one call of C. By way of the backend `add_child_handler` takes 5 % longer.
-        """
-        if pidfd < 0 and choice != "sigchld" and decision.name == "pidfd":
-            opened = try_add(self._reaper.fd, pid, (ADD_PEEK if peek else 0) | (ADD_CHECK_CHILD if check else 0))
-            if opened >= 0:
-                child = make_child(pid, opened, self._pidfd)
-                child.peek = peek
-                return child
+    def _watch(self, pid: int, pidfd: int, choice: Choice, flags: int, *, stranger: bool) -> tuple[Backend, int, bool]:
+        """Have a backend watch a process. Return the backend, the pidfd, and whether the process is a stranger."""
         backend: Backend = self._pidfd if choose(choice) == "pidfd" and self._reaper.fd >= 0 else self._get_sigchld()
         try:
-            return self._watch_by(backend, pid, pidfd, check=check, stranger=stranger, peek=peek)
+            return self._watch_by(backend, pid, pidfd, flags, stranger=stranger)
         except OSError as exc:
             if self._recover(exc):
-                return self._watch(pid, pidfd, choice, check, stranger, peek)
+                return self._watch(pid, pidfd, choice, flags, stranger=stranger)
             if choice != "auto" or backend is self._sigchld:
                 raise
             if exc.errno in syscalls.OUT_OF_DESCRIPTORS:  # this child only
@@ -138,57 +144,51 @@ class Registry(Collector):
                 if exc.errno == errno.EINVAL:  # the ID of a thread, before Linux 6.9
                     raise syscalls.error(errno.ESRCH, f"cannot watch pid {pid}") from exc
                 raise
-            return self._watch_by(self._get_sigchld(), pid, pidfd, check=check, stranger=stranger, peek=peek)
+            return self._watch_by(self._get_sigchld(), pid, pidfd, flags, stranger=stranger)
 
-    def _watch_by(self, backend: Backend, pid: int, pidfd: int, *, check: bool, stranger: bool, peek: bool) -> Child:
-        flags = ADD_PEEK if peek else 0
-        checked = flags | ADD_CHECK_CHILD if check else flags
+    def _watch_by(self, backend: Backend, pid: int, pidfd: int, flags: int, *, stranger: bool) -> tuple[Backend, int, bool]:
         is_stranger = False
         if pidfd >= 0:
-            pidfd = backend.adopt(pid, pidfd, checked)
+            pidfd = backend.adopt(pid, pidfd, flags)
         else:
             try:
-                pidfd = backend.add(pid, checked)
+                pidfd = backend.add(pid, flags)
             except ChildProcessError:
                 if not stranger:
                     raise
-                pidfd, is_stranger = backend.add(pid, flags), True
+                pidfd, is_stranger = backend.add(pid, flags & ~ADD_CHECK_CHILD), True
         if backend is self._sigchld:
             self._start_checking()
-        child = make_child(pid, pidfd, backend)
-        child.peek, child.stranger = peek, is_stranger
-        return child
+        return backend, pidfd, is_stranger
 
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError(_CLOSED)
 
     def prepare(self, key: object, observer: Observer) -> Child:
-        """Return the Child of a process that is not forked yet. `release` has it observed."""
+        """Return the Child of a process that is not forked yet. `release` observes it once it is."""
         self._check_open()
-        child = make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld())
-        child.add_observer(key, observer, None, None)
-        return child
+        return make_child(0, -1, self._pidfd if choose("auto") == "pidfd" else self._get_sigchld(), key, observer)
 
     def fork(self, gate: StartGate, child_main: syscalls.ChildMain, fork: Callable[[], int] | None) -> None:
-        """Fork a child that stands at `gate` and calls `child_main`. Raises as syscalls.fork_child."""
+        """Fork a child that waits at `gate` and then calls `child_main`. Raises what syscalls.fork_child raises."""
         self.gates.add(gate)
         try:
             syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, child_main, fork)
         except OSError as exc:
             if gate.struct.pid > 0:
                 raise
-            self.gates.close(gate)  # not one of those that have failed
+            self.gates.close(gate)  # before `_recover`, which completes the futures of open gates
             if not self._recover(exc):
                 raise
             self.gates.add(gate)
             syscalls.fork_child(gate.struct, self._reaper.fd, gate.number, child_main, fork)
 
     def release(self, child: Child, gate: StartGate) -> bool:
-        """Watch a prepared child that stands at `gate`, and release it. Return False if `observe` has to watch it.
+        """Watch a prepared child that waits at `gate`, and release it. Return False if `observe` has to watch the child.
 
-        This does what `observe` does, in one call of C: open the pidfd, have the reaper hold it, and write to the gate. The
-        forking process copies each page that it writes to, so an `afork` takes 10 % less than by `observe`.
+        One call of C opens the pidfd, has the reaper hold it, and writes to the gate. Nothing is made after the fork, when
+        each page of memory that is written to is copied. With `observe` instead an `afork` takes 10 % more CPU time.
         """
         struct = gate.struct
         if child.backend is not self._pidfd or struct.pidfd >= 0:
@@ -207,7 +207,7 @@ class Registry(Collector):
             return True
 
     def kill_forked(self, gate: StartGate, observer: Observer) -> bool:
-        """Kill a forked child that `observer` waits for; return False if it was not watched yet, and is reaped now."""
+        """Kill a forked child. Return whether `observer` will be called. If not, the child was not watched, and is reaped."""
         with self._lock:
             child = self._children.get(gate.struct.pid)
             if child is not None and child.is_observed_by(observer):
@@ -220,14 +220,14 @@ class Registry(Collector):
             return True
 
     def watch_by_sigchld(self, child: Child) -> bool:
-        """Close the pidfd of a watched child, and watch it on by SIGCHLD; return whether there was one to close."""
+        """Watch a child by SIGCHLD from now on, and close its pidfd. Return whether that was done."""
         with self._lock:
             if child.pidfd < 0 or self._children.get(child.pid) is not child:
                 return False
             sigchld = self._get_sigchld()
             try:
                 sigchld.add(child.pid, ADD_CHECK_CHILD)
-            except OSError:  # ESRCH, ECHILD: somebody else has reaped it, or we have just now: its pidfd tells how it ended
+            except OSError:  # ESRCH, ECHILD: it was reaped; its pidfd still reports how it exited
                 return False
             child.backend.remove(child.pid, child.pidfd)
             child.backend, child.pidfd = sigchld, -1
@@ -235,7 +235,7 @@ class Registry(Collector):
             return True
 
     def unobserve(self, pid: int, key: object) -> bool:
-        """Take back `observe`; return whether there was anything to take back. The last one ends the watching."""
+        """Remove an observer. Return whether there was one. A process without observers is not watched any more."""
         if self.closed:
             return False
         with self._lock:
@@ -248,29 +248,29 @@ class Registry(Collector):
                 self._agree_on_peek(child)
             else:
                 del self._children[pid]
-                self._reaper.keep_open(child.pidfd)  # if it is in a batch already, we close it all the same, and once
+                self._reaper.keep_open(child.pidfd)  # it may be in a batch: it is closed here, and only here
                 child.backend.remove(pid, child.pidfd)
                 child.pidfd = -1
             return True
 
     def unobserve_all(self, key: object) -> list[int]:
-        """Take back every `observe` of `key`; return the pids."""
+        """Remove all observers with this key. Return the pids."""
         if self.closed:
             return []
         with self._lock:
             return [pid for pid in tuple(self._children) if self.unobserve(pid, key)]
 
     def _agree_on_peek(self, child: Child) -> None:
-        """Reap if one observer wants the process reaped, peek if all of them leave it."""
+        """Reap the process if one observer wants that. Only peek at its status if all leave the zombie to its owner."""
         peek = len(child.peekers) == child.count_observers()
         if peek is not child.peek:
             child.backend.modify(child.pid, child.pidfd, ADD_PEEK if peek else 0)
             child.peek = peek
 
     def send_signal(self, child: Child, signal: int, pgid: int = 0) -> str | None:
-        """Signal `child`, or the process group `pgid`, whose number the child keeps from being recycled.
+        """Signal `child`, or the process group `pgid`. Until the child is reaped, the number of its group is not used again.
 
-        Return None, or why there was nobody to signal: what is to be said of the process.
+        Return None, or why no signal was sent, as a predicate of the process ("has ended").
         """
         if self.closed:
             return self._signal_orphan(child, signal, pgid)
@@ -284,9 +284,9 @@ class Registry(Collector):
                     child.backend.signal_group(child.pid, child.pidfd, pgid, signal)
                 else:
                     child.backend.send_signal(child.pid, child.pidfd, signal)
-            except ProcessLookupError:  # reaped by somebody else; we shall hear of it in a moment
+            except ProcessLookupError:  # another waitpid() reaped it first; its exit will be reported
                 if child.backend is self._sigchld and child.backend.is_recycled(child.pid, child.pidfd):
-                    self._report_lost(child)  # or the next end of that number would pass for its own
+                    self._report_lost(child)  # else the exit of the new owner of the pid would be reported as its own
                 return ENDED
             return None
 
@@ -299,7 +299,7 @@ class Registry(Collector):
         return UNKNOWN if orphan is None else orphan.signal(child.pid, pgid, signal)
 
     def close(self) -> None:
-        """Stop watching, and close every descriptor: the loop is closed. Children that live on are reaped later."""
+        """Stop watching and close all descriptors: the loop is closed. The SIGCHLD handler reaps children that still run."""
         if self.closed:
             if self.inherited:
                 self._reaper.close()
@@ -307,8 +307,8 @@ class Registry(Collector):
         with self._lock:
             if self.closed:
                 return
-            with contextlib.suppress(OSError):  # the reaper is closed already, by somebody else
-                self._reap()  # a batch that was interrupted: what it has reaped has ended, and its pidfds are still open
+            with contextlib.suppress(OSError):  # other code has closed the reaper
+                self._reap()  # closes the pidfds of a batch that was interrupted
             self.closed = True
             for child in self._children.values():
                 if not child.stranger:
