@@ -1,4 +1,4 @@
-"""One registry for each loop: every watched process is reaped once, and each observer is notified once.
+"""One registry per loop: each watched process is reaped once, and each of its observers is notified once.
 
-It knows how a process is watched, not how it was started: no transport, no fork.
+This wing knows how a process is watched. It does not know how it was started: no transport, no fork.
 """

@@ -1,9 +1,9 @@
-"""What has ended among the watched processes of one loop: reaped, noted, and told to whoever observes it.
+"""Collects the exits of one loop's children: they are reaped, and their observers notified.
 
-The reaper fails when somebody else closes its descriptor: os.closerange() in a library that makes the process a daemon, or a
-second close of a number that was used again. That may have closed the pidfds, too, and all of these numbers may be others'
-by now. Or a seccomp filter that has been put in place since forbids epoll_wait. Then another reaper is opened, or else the
-children are asked for once a second.
+The reaper fails when other code closes its descriptor: os.closerange() in a library that makes the process a daemon, or a
+second close of a number that was used again. The pidfds may be closed, too, and all these numbers may belong to other files
+by now. The reaper also fails when a new seccomp filter forbids epoll_wait. Then another reaper is opened. If that fails, the
+children are watched by SIGCHLD.
 """
 
 from __future__ import annotations
@@ -39,43 +39,43 @@ from .notify import Notifier
 from .start_gate import StartGates
 from .starting import StartingProgram
 
-# How many batches one call of the loop reaps and tells of at most, before others have their turn.
+# How many batches one call of the loop reaps and reports at most, before other callbacks run.
 _BATCHES = 4
 
-# How long a stranger's zombie may stay unreaped by its parent until we report its end without a status.
+# How long a stranger may stay a zombie before its exit is reported without a status.
 STRANGER_GRACE_S = 1.0
 
 # A reaper that fails sooner than this is not replaced.
 TRIAL_S = 1.0
 
 
-# Those that may watch children by pid alone, by their id. `valuerefs` makes a list of them whatever other threads add.
+# The collectors that may watch children by pid alone, by id(). `valuerefs` copies: other threads may add some.
 sigchld_collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
 
 
 class Collector:
-    """The watched processes of one loop, and what becomes of them.
+    """The watched processes of one loop, and the exits among them.
 
-    The lock makes a reap, and the closing of pidfds after it, one step for other threads, so that nobody uses a descriptor
-    that has just become another process's. It is re-entrant since a Python signal handler may run between any two steps of
-    ours and call us. But for such a handler, no user's code is called while it is held.
+    The lock makes a reap and the closing of the pidfds one step for other threads. So no thread uses a descriptor number
+    that was closed and given to another file. The lock is re-entrant: a Python signal handler may run between any two
+    bytecodes and call this registry. No other user code runs while the lock is held.
     """
 
-    inherited = False  # of the parent's, in a forked child in which the loop may go on
+    inherited = False  # True in a forked child, where the registry is the parent's and the loop may go on
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_loop_closed: Callable[[], object]) -> None:
-        """Open the backend and register it with `loop`. `on_loop_closed` is called when the loop is closed, or gone.
+        """Open the backend and register it with `loop`. `on_loop_closed` is called when the loop is closed or garbage.
 
         OSError EMFILE, ENFILE: out of descriptors.
         """
-        # Weak: the loop owns us, by way of its reader. So it, and we with it, can be garbage.
+        # Weak: the loop owns the registry, through its reader. So both can be garbage collected.
         self.loop = weakref.ref(loop)
-        self.closed = False  # or set in a forked child, where the lock may be held by a thread that does not exist there
-        self.contexts: dict[int, Context] = {}  # those of transports, by their id: here, so that they go with the loop
+        self.closed = False  # also set in a forked child, where a thread that does not exist may hold the lock
+        self.contexts: dict[int, Context] = {}  # of transports, by their id(): they live as long as the loop
         self._lock = threading.RLock()
         self._children: dict[int, Child] = {}
         self.starting: set[StartingProgram] = set()
-        syscalls.open_sigchld()  # now: it is for when there are no descriptors left
+        syscalls.open_sigchld()  # now: later there may be no descriptor left
         self._reaper = Reaper()
         self.gates = StartGates()
         self._pidfd = PidfdBackend(self._reaper)
@@ -87,7 +87,7 @@ class Collector:
         self._notifier = Notifier(self.loop, self.link)
 
     def collect(self) -> None:
-        """Reap what has ended and tell the observers: some batches of them, for each round of the loop costs, too."""
+        """Reap children that have ended and call their observers, up to `_BATCHES` batches in one round of the loop."""
         try:
             for _ in range(_BATCHES):
                 try:
@@ -100,28 +100,28 @@ class Collector:
                 if not is_full:
                     break
         except BaseException:
-            # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the rest is told by the next round.
+            # KeyboardInterrupt from a signal handler, or SystemExit from an observer: the next round reports the rest.
             self.link.call_soon(self.collect)
             raise
 
     def _reap(self) -> bool:
-        """Return whether the batch was full, so that there may be more."""
+        """Reap one batch. Return whether it was full, so there may be more."""
         if self.closed:
             return False
         reaper = self._reaper
         count = 0
-        if reaper.fd >= 0:  # else it has failed for good
+        if reaper.fd >= 0:  # else the reaper has failed, and could not be replaced
             count, records = reaper.reap()
             self._take_records(records)
             reaper.release()
         sigchld = self._sigchld
         if sigchld is not None and (reaper.woken or sigchld.is_scan_due):
             self._take_records(sigchld.reap())
-            reaper.clear_woken()  # not before: an interrupt in between must not lose the wake
+            reaper.clear_woken()  # not earlier: an interrupt must not lose the wake-up
         return count == BATCH_SIZE
 
     def _take_records(self, records: Iterator[Record]) -> None:
-        """Take what was reaped off the watched children, and on to those whose observers are to be told."""
+        """Move children that were reaped from the watched ones to the pending ones."""
         children, pending = self._children, self._notifier.pending
         not_yet = SOURCE_PENDING
         for record in records:
@@ -135,7 +135,7 @@ class Collector:
                         pending.append(gate)
                 elif self.starting:
                     self.starting -= {program for program in self.starting if program.pid == pid}
-                continue  # else unobserved since by a signal handler; or noted already, before an interrupt
+                continue  # else a signal handler has unobserved it, or its record was taken before an interrupt
             if source == not_yet:
                 if child.stranger:
                     self.link.call_later(STRANGER_GRACE_S, self._give_up_stranger, child)
@@ -146,7 +146,7 @@ class Collector:
                 del children[pid]
 
     def _recover(self, exc: OSError) -> bool:
-        """Return whether the reaper was at fault, and has been replaced."""
+        """Replace the reaper if it is the cause of `exc`. Return whether it was."""
         if exc.errno not in (errno.EBADF, errno.EINVAL) or self._reaper.fd < 0:
             return False
         with self._lock:
@@ -158,7 +158,7 @@ class Collector:
         return False
 
     def _handle_failure(self, exc: Exception) -> None:
-        """Report, once, what does not let us reap, and go on by other means."""
+        """Report once why reaping fails, and watch the children another way."""
         failure = type(exc), getattr(exc, "errno", None)
         with self._lock:
             if self.closed:
@@ -169,11 +169,13 @@ class Collector:
                 self._replace_reaper(exc)
         if is_new:
             self.link.call_soon(
-                self._notifier.report, exc, "aiopidfd cannot reap children as it should, and goes on by other means"
+                self._notifier.report,
+                exc,
+                "aiopidfd cannot reap children with its epoll descriptor, and watches them another way",
             )
 
     def _replace_reaper(self, exc: OSError) -> None:
-        """Have another reaper hold the children, or watch them by pid. Under the lock."""
+        """Open another reaper that holds the children, or watch them by SIGCHLD. Under the lock."""
         reaper, now = self._reaper, time.monotonic()
         if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or not an epoll
             reaper.mark_closed()
@@ -185,7 +187,7 @@ class Collector:
                 reaper.reopen()
                 if self._sigchld is not None:
                     reaper.add_wake(syscalls.open_sigchld())
-            except OSError:  # out of descriptors; or the one that the handler wakes was closed, too
+            except OSError:  # out of descriptors; or the descriptor that the SIGCHLD handler writes to is closed, too
                 reaper.close()
         self.replaced_at = now
         self.link.move(reaper.fd)
@@ -212,7 +214,7 @@ class Collector:
             else:
                 self._reaper.adopt(pid, pidfd, flags)
                 child.pidfd, pidfd = pidfd, -1
-        except OSError:  # somebody else has reaped it; or out of descriptors
+        except OSError:  # another waitpid() reaped it first; or out of descriptors
             child.backend = self._pidfd
             child.pidfd, pidfd = pidfd, -1
             self._report_lost(child)
@@ -234,14 +236,14 @@ class Collector:
             self.link.call_later(CHECK_INTERVAL_S, self._check)
 
     def _check(self) -> None:
-        """Once a second while children are watched by SIGCHLD: find what no signal has told."""
+        """Find exits that no signal has reported. Called once a second while children are watched by SIGCHLD."""
         with self._lock:
             if self.closed or self._sigchld is None:
                 return
             self._checking = not self._sigchld.is_idle()
             if not self._checking:
                 return
-            # First: an interrupt of this check must not be the end of all of them.
+            # First: an interrupt of this check must not prevent the next one.
             self.link.call_later(CHECK_INTERVAL_S, self._check)
             try:
                 self._take_records(self._sigchld.check())
@@ -250,7 +252,7 @@ class Collector:
         self.collect()
 
     def report_previous_owner(self, pid: int) -> None:
-        """Report the end of a process that is watched by pid alone: its number is a new child's."""
+        """Report the exit of a process that is watched by pid alone: a new child has its pid now."""
         if not self.closed:
             with self._lock:
                 child = self._children.get(pid)
@@ -258,11 +260,11 @@ class Collector:
                     self._report_lost(child)
 
     def _report_lost(self, child: Child) -> None:
-        """Report the end of a process that was reaped by somebody else, and whose number is another process's."""
+        """Report the exit of a process that another waitpid() reaped first. Its pid may be another process's by now."""
         pid, record = child.pid, (child.pid, -1, 0, SOURCE_LOST, b"")
         if child.backend is self._pidfd:
-            with contextlib.suppress(OSError):  # of the reaper's, or this kernel does not tell
-                for _ in range(2 + len(self._children)):  # it is among the ready, at most so many batches away
+            with contextlib.suppress(OSError):  # the reaper has failed, or this kernel does not keep the status
+                for _ in range(2 + len(self._children)):  # its pidfd is ready, and at most so many batches away
                     if child.result is not None:
                         break
                     self._reap()
@@ -285,7 +287,7 @@ class Collector:
         return self._sigchld
 
     def _give_up_stranger(self, child: Child) -> None:
-        """Report the end of a process whose parent does not reap it, so that its status is not told."""
+        """Report the exit of a stranger whose parent does not reap it, so its status is not known."""
         with self._lock:
             if child.result is not None or self._children.get(child.pid) is not child:
                 return

@@ -1,4 +1,4 @@
-"""The ends of one loop's children that somebody is still to be told of."""
+"""Exits of one loop's children that are reaped but not reported to all observers yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .start_gate import StartGate
 
 
 class Notifier:
-    """Children that have ended, and gates at which something was said. `pending` may be appended to from any thread."""
+    """Calls the observers of children that have ended, and completes the futures of start gates.
+
+    Any thread may append to `pending`.
+    """
 
     __slots__ = ("_link", "_loop", "pending")
 
@@ -22,10 +25,10 @@ class Notifier:
         self.pending: deque[Child | StartGate] = deque()
 
     def notify_all(self) -> None:
-        """Tell all observers, in the loop's thread.
+        """Call all observers, in the loop's thread.
 
-        One by one, so that nobody is told twice and nobody is forgotten when one of them raises: SystemExit and
-        KeyboardInterrupt go on to the caller, who is to call again.
+        An observer is removed before it is called, so each is called once, even if one of them raises. SystemExit and
+        KeyboardInterrupt reach the caller, who has to call again.
         """
         pending, link, renewed = self.pending, self._link, False
         depth = link.depth
@@ -42,16 +45,16 @@ class Notifier:
                 except (SystemExit, KeyboardInterrupt):
                     raise
                 except BaseException as exc:
-                    assert isinstance(child, Child)  # a gate tells only us
+                    assert isinstance(child, Child)  # the future of a start gate raises nothing
                     self.report(exc, f"Exception in the exit callback for pid {child.pid}")
                     continue
-                if pending and pending[0] is child:  # else an observer has had the loop run, and so us
+                if pending and pending[0] is child:  # else an observer has run the loop, which has called us
                     pending.popleft()
         finally:
             link.depth = depth
 
     def report(self, exc: BaseException, message: str) -> None:
-        """Have the loop's exception handler called."""
+        """Call the loop's exception handler."""
         loop = self._loop()
         if loop is not None:
             loop.call_exception_handler({"message": message, "exception": exc})

@@ -1,4 +1,7 @@
-"""The registries of all loops of the process, and what becomes of them in a forked child."""
+"""The registries of all loops of the process, and what happens to them in a forked child.
+
+The function that runs in each forked child is short: the kernel copies each page of memory that it writes to.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ from .._kernel.syscalls import after_fork_in_child, is_expected_child
 from .continued import inherit, leave
 from .registry import Registry
 
-# By the id of their loop, which owns its registry. A registry goes as it is closed, which it is before its loop is gone;
-# should a loop not see to that, another one may have its id: hence the look at whose it is.
+# By id(loop). The loop owns its registry, and a registry is removed when it is closed. If a loop is gone without that,
+# another loop may have its id, so a look-up checks whose registry it is.
 _registries: dict[int, weakref.ReferenceType[Registry]] = {}
-# Those of a process that this one was forked from, in the same way: their loops may go on here.
+# Those of the process that this one was forked from, also by id(loop). Their loops may go on here.
 _inherited: dict[int, weakref.ReferenceType[Registry]] = {}
-_lock = RLock()  # re-entrant as the registries' own, for Python signal handlers
-# What the threading module calls in a child; a new lock would cost ten pages.
+_lock = RLock()  # re-entrant, for Python signal handlers
+# The threading module calls this in a child, too. A new lock would take ten pages of memory.
 _reinit_lock = _lock._at_fork_reinit  # type: ignore[attr-defined] # not in typeshed
 
 
 def registry_of(loop: asyncio.AbstractEventLoop) -> Registry:
-    """Return the registry of `loop`, made on first use.
+    """Return the registry of `loop`. The first call creates it.
 
     Raises:
         RuntimeError: the loop is closed.
@@ -73,10 +76,9 @@ def find_registries() -> list[Registry]:
 
 
 def _after_fork_in_child() -> None:
-    # Each page that this writes to, and each function that it calls, is a page or more to be copied: so it is short.
     after_fork_in_child()
-    _reinit_lock()  # another thread of the parent may have held it
-    is_ours = is_expected_child()  # by afork or a fork server: it gives up its parent's loops
+    _reinit_lock()  # another thread of the parent may hold it
+    is_ours = is_expected_child()  # by afork or a fork server: such a child does not use the loops of its parent
     for key, known in _registries.items():
         registry = known()
         if registry is not None:

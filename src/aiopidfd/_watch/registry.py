@@ -207,7 +207,7 @@ class Registry(Collector):
             return True
 
     def kill_forked(self, gate: StartGate, observer: Observer) -> bool:
-        """Kill a forked child. Return whether `observer` will be called. If not, the child was not watched, and is reaped."""
+        """Kill a forked child. Return whether `observer` will be called. If not, the child was unwatched, and is reaped."""
         with self._lock:
             child = self._children.get(gate.struct.pid)
             if child is not None and child.is_observed_by(observer):
