@@ -15,9 +15,9 @@ from ._fork.afork import ChildStartError
 
 _DEMO = """\
 Run an HTTP server on 127.0.0.1 whose 4 workers are made by afork(), on uvloop if it is
-installed, and send requests to it all the while. Each second one worker is killed (by
-SIGKILL, by SIGSEGV, by having it exit with code 3, by SIGTERM, in turn) and replaced.
-Every exit is printed."""
+installed, and send requests to it. Each second one worker is killed (by SIGKILL, by
+SIGSEGV, by an exit with code 3, by SIGTERM, in turn) and replaced. Every exit is
+printed."""
 
 _EXIT_CODES = """exit codes:
   0     done; of the demo: no exit was lost, and the server has answered after every kill
@@ -28,19 +28,19 @@ _EXIT_CODES = """exit codes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say, and return the exit code."""
+    """Run the command of the arguments. Return the exit code."""
     arguments = _parse(argv)
     try:
         if arguments.command == "demo":
-            # Not before it is asked for: it imports uvloop.
+            # Imported here, since it imports uvloop.
             from ._demo.server import run_demo  # noqa: PLC0415
 
             return run_demo(arguments.kills)
         print(format_features(features()), flush=True)
-    except KeyboardInterrupt:  # before the demo handles SIGINT itself
+    except KeyboardInterrupt:  # the demo does not handle SIGINT yet
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as by `| head`: nobody reads what we print
-        # Else the interpreter would try to flush it once more, and complain.
+    except BrokenPipeError:  # as with `| head`: the reader has ended
+        # Otherwise the interpreter flushes stdout again at its end, and prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ChildStartError, OSError) as exc:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m aiopidfd",
-        description="Print what this kernel, this sandbox and this process allow, and which backend follows from it.",
+        description="Print what this kernel, this sandbox and this process allow, and which backend is used.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,25 +72,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parse_count(text: str) -> int:
-    count = int(text)  # argparse makes a message of the ValueError
+    count = int(text)  # argparse turns the ValueError into a message
     if count < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return count
 
 
 def format_features(found: Features) -> str:
-    """Return the features as an aligned table, with what each of them means."""
+    """Return the features as an aligned table, with the meaning of each."""
     rows = [
         ("", "here", "what for"),
         ("pidfd_open", found.pidfd_open, "to watch a process (Linux 5.3)"),
         ("waitid(P_PIDFD)", found.waitid_pidfd, "to reap a child (Linux 5.4)"),
         ("pidfd_send_signal", found.pidfd_send_signal, "to signal a process and never a stranger (Linux 5.1)"),
-        ("clone(CLONE_PIDFD)", found.clone_pidfd, "to start a program with a pidfd from its birth (Linux 5.2)"),
-        ("PIDFD_INFO_EXIT", found.recover_exit, "to recover a status that somebody else has reaped (Linux 6.15)"),
+        ("clone(CLONE_PIDFD)", found.clone_pidfd, "to start a program with a pidfd at once (Linux 5.2)"),
+        ("PIDFD_INFO_EXIT", found.recover_exit, "to recover a status that another waitpid() took (Linux 6.15)"),
         ("SIGCHLD", found.sigchld, _explain_sigchld(found)),
         ("/proc", found.proc, _explain_proc(found)),
         ("RLIMIT_NOFILE", str(found.nofile), f"a watched child takes one descriptor; can be raised to {found.nofile_max}"),
-        ("programs by", found.spawn, "clone: in C, at half the cost, and no status is lost; Popen: by subprocess"),
+        ("programs by", found.spawn, "clone: in C, at half the cost, and no status is lost; Popen: by subprocess.Popen"),
         ("backend", found.backend, found.reason),
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -104,11 +104,11 @@ def _explain_sigchld(found: Features) -> str:
         return "the kernel reaps every child at once: " + (
             "statuses are recovered" if found.recover_exit == "yes" else "statuses are lost"
         )
-    return "not needed with pidfds" if found.backend == "pidfd" else "tells of exits, as pidfds cannot"
+    return "not needed with pidfds" if found.backend == "pidfd" else "reports exits, since pidfds are not available"
 
 
 def _explain_proc(found: Features) -> str:
-    need = "to wait for processes that are no children, where there are no pidfds"
+    need = "to wait for processes that are not children, without pidfds"
     return need if found.backend == "sigchld" else f"{need}: not needed"
 
 
