@@ -39,7 +39,7 @@ async def test_workers_survive_their_server_and_are_still_watched(pidfds: None) 
     async with ForkServer() as server:
         child = await server.afork(wait_for_signal)
         await kill_server(server)
-        with pytest.raises(ConnectionResetError, match=r"fork server has ended: <ExitStatus pid=.* returncode=-9"):
+        with pytest.raises(ConnectionResetError, match=r"fork server has exited: <ExitStatus pid=.* returncode=-9"):
             await server.afork(exit_with, 0)
         child.terminate()
         assert await child.wait() == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""`ForkServer`: a small process that forks workers, so that a fork takes the same time however large its parent is.
+"""`ForkServer`: a small process that forks workers, in the same time however much memory its parent has.
 
-What a worker runs, and its handle, are those of `afork`.
+Workers run functions and have handles as children of `afork()`.
 """

@@ -1,4 +1,4 @@
-"""Make the process of a fork server: by clone(2), by os.fork() beside threads, or as a fresh interpreter."""
+"""Start the process of a fork server: by clone(2), by os.fork() if there are other threads, or as a new interpreter."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MadeBy = Literal["clone", "os.fork", "spawn", "none"]
 
 @dataclass(frozen=True)
 class ForkServerFeatures:
-    """How a fork server was made, and what follows for its workers.
+    """How a fork server was started, and what follows for its workers.
 
     Attributes:
-        made_by: "clone": from this process, which had one thread, without an exit signal. "os.fork": from this process,
-            which had more. "spawn": a fresh interpreter. "none": there is no server, each worker is made by `afork`.
-        sigchld: whether the end of a worker sends SIGCHLD to this process. If it does not, neither somebody's `waitpid(-1)`
-            nor an ignored SIGCHLD can take a worker's status away.
-        reason: why it was made so, in words.
+        made_by: "clone": a fork of this process, which had one thread. "os.fork": a fork of this process, which had several
+            threads. "spawn": a new interpreter. "none": there is no server, and afork() makes each worker.
+        sigchld: whether this process gets SIGCHLD when a worker exits. If not, the exit status of a worker cannot be lost:
+            waitpid(-1) in other code does not reap the worker, and an ignored SIGCHLD has no effect.
+        reason: why it was started in this way.
     """
 
     made_by: MadeBy
@@ -44,12 +44,12 @@ class ForkServerFeatures:
 
 
 def describe_fallback(reason: OSError) -> ForkServerFeatures:
-    """Return the features of no server at all."""
-    return ForkServerFeatures("none", True, f"no fork server can be had here, workers are made by afork: {reason}")
+    """Return the features where there is no fork server."""
+    return ForkServerFeatures("none", True, f"a fork server is not available, afork() makes the workers: {reason}")
 
 
 def main_module(preload: Sequence[str]) -> dict[str, str]:
-    """Return what multiprocessing needs to have our `__main__` in another process, if `preload` asks for it."""
+    """Return what multiprocessing needs to import this `__main__` in another process, if `preload` contains it."""
     module = sys.modules["__main__"]
     if "__main__" not in preload:
         return {}
@@ -63,16 +63,17 @@ def main_module(preload: Sequence[str]) -> dict[str, str]:
 async def launch(
     loop: asyncio.AbstractEventLoop, method: StartMethod, preload: Sequence[str], *, stacklevel: int
 ) -> tuple[AbstractChildProcess, socket.socket, ForkServerFeatures]:
-    """Make the server process. Return its handle, our end of the control socket, and how it was made.
+    """Start the server process. Return its handle, the parent's control socket, and how the server was started.
 
-    Raises OSError: as fork(2), clone(2) or posix_spawn(3).
+    Raises:
+        OSError: fork(2), clone(2) or posix_spawn(3) failed.
     """
     ours, theirs = map(_clear_of_streams, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     afork.register_parent_socket(ours)
     try:
         with theirs:
             if method == "spawn":
-                features = ForkServerFeatures("spawn", True, "a fresh interpreter was asked for")
+                features = ForkServerFeatures("spawn", True, "start_method is 'spawn'")
                 server = _spawn(theirs, preload)
             else:
                 features = _choose_fork()
@@ -85,7 +86,7 @@ async def launch(
 
 
 def _clear_of_streams(end: socket.socket) -> socket.socket:
-    """Return `end`, or a copy that replaces it if it has the number of a standard stream, which was closed then."""
+    """Return `end`, or a copy of it if its number is that of a standard stream. Then that stream was closed."""
     if end.fileno() > 2:
         return end
     with end:
@@ -98,7 +99,7 @@ def _choose_fork() -> ForkServerFeatures:
         return ForkServerFeatures("clone", False, "this process had one thread")
     threads = "an unknown number of" if count is None else count
     return ForkServerFeatures(
-        "os.fork", True, f"this process had {threads} threads, beside which only os.fork() is safe in C"
+        "os.fork", True, f"this process had {threads} threads, and the C library supports only fork() then"
     )
 
 
@@ -121,7 +122,7 @@ async def _fork_server(
             nonlocal inherited
             try:
                 inherited = snapshot.find_inherited()
-            except BaseException as exc:  # MemoryError, which is for serve_here() to raise
+            except BaseException as exc:  # MemoryError: serve_here() raises it
                 inherited = exc
             snapshot.close()
             child_main(fd, mask)
@@ -143,10 +144,10 @@ async def _fork_server(
 
 
 def _spawn(control: socket.socket, preload: Sequence[str]) -> AbstractChildProcess:
-    """Start a fresh interpreter without copying this process, whose size does not matter then."""
+    """Start a new interpreter by posix_spawn(3), which does not copy this process."""
     if not sys.executable:
-        raise RuntimeError("start_method='spawn' needs sys.executable, the path of the interpreter, and it is not known")
-    # As multiprocessing does. A number that the copy does not have: the same one would keep its close-on-exec flag.
+        raise RuntimeError("start_method='spawn' requires sys.executable, the path of the interpreter")
+    # The descriptor gets another number in the new process. dup2() to the same number would leave close-on-exec set.
     number = control.fileno() + 1
     modules = [name for name in preload if name != "__main__"]
     paths = [path for path in sys.path if isinstance(path, str)]
@@ -154,7 +155,7 @@ def _spawn(control: socket.socket, preload: Sequence[str]) -> AbstractChildProce
         f"import sys; sys.path[:] = {paths!r}; from {serve.__module__} import main; "
         f"main({number}, {modules!r}, {main_module(preload)!r})"
     )
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # what multiprocessing uses, too
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # multiprocessing uses it
     pid = os.posix_spawn(
         sys.executable,
         [sys.executable, *flags, "-c", program],

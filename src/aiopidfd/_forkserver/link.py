@@ -1,4 +1,4 @@
-"""The parent's end of the wire to a fork server: which requests it has got, and what is left of them when it ends."""
+"""The parent's end of the connection to a fork server, with the requests that have no reply yet."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .kill_switch import KillSwitch
 from .process import REPLY
 from .request import Request
 
-# How many requests the server has at a time. It takes them one after the other; a few more keep it busy, and all of them,
-# with their replies, fit into the sockets' buffers, so that neither side ever waits for the other to read.
+# How many requests may be without a reply at a time. The server serves one after the other, and never runs out of requests.
+# All of them, and their replies, fit into the buffers of the sockets, so neither side blocks.
 WINDOW = 64
 
 _READ_SIZE = 65536
 
 
 class Link:
-    """The parent's end of the wire to one fork server."""
+    """The parent's end of the connection to one fork server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, server: AbstractChildProcess) -> None:
-        """Take over `wire`, a connected socket."""
+        """Own `control`, a connected socket."""
         self._loop = loop
         self._control = control
         self._unsent: deque[Request] = deque()
@@ -38,15 +38,15 @@ class Link:
         self.idle: Request | None = None
         self.closing = False
         self.error: OSError | None = None
-        self.is_loop_closed = False  # lost since the loop was closed, or is gone
+        self.is_loop_closed = False  # or the loop was collected
         self._registry = server._registry
         self._kill_switch = KillSwitch(server)
-        self.handshake: asyncio.Future[str | OSError] = loop.create_future()  # what the server tells at its start
+        self.handshake: asyncio.Future[str | OSError] = loop.create_future()  # "", a traceback, or an error
         control.setblocking(False)
         self._loop_link = LoopLink(weakref.ref(loop), control.fileno(), self._read, self._on_loop_closed)
 
     def pop_idle(self) -> Request:
-        """Return a request that waits for its order: one whose worker is there already, if it can be."""
+        """Return a request without a task: that of the idle worker if it is usable, else a new one."""
         self._check_open()
         idle, self.idle = self.idle, None
         if idle is not None:
@@ -58,7 +58,7 @@ class Link:
         return idle
 
     def prefork(self) -> Request:
-        """Have a worker forked for whoever comes next, while those that have come start theirs."""
+        """Have the server fork an idle worker for the next call of afork(). Return its request."""
         if self.idle is None:
             self.idle = Request(self._loop)
             self.submit(self.idle)
@@ -70,14 +70,14 @@ class Link:
             self.idle.close()
 
     async def kill_and_reap_idle(self) -> None:
-        """End the worker that nobody has ordered anything of, and reap it."""
+        """Kill the idle worker, and reap it."""
         idle, self.idle = self.idle, None
         if idle is not None:
             await idle.kill_and_reap()
             idle.close()
 
     def submit(self, request: Request) -> None:
-        """Send the request as soon as there is room. Its `outcome` tells how it went."""
+        """Send the request now, or when there is room. Its `outcome` is the result."""
         self._check_open()
         self._unsent.append(request)
         self._send()
@@ -86,7 +86,7 @@ class Link:
         if self.error is not None:
             raise self.error
         if self.closing:
-            raise OSError(errno.ESHUTDOWN, "the fork server is being closed")
+            raise OSError(errno.ESHUTDOWN, "the fork server is closing")
 
     def _send(self) -> None:
         while self._unsent and len(self._in_flight) < WINDOW and not self._is_eof:
@@ -96,12 +96,12 @@ class Link:
                 try:
                     request.send(self._control, number)
                 except BlockingIOError:
-                    return  # replies make room, and send more
+                    return  # _read() calls this method again after the next reply
                 except ConnectionError:
-                    return  # the server has ended, and `lose` is about to be called
+                    return  # the server has exited, and on_server_exit() is called soon
                 except OSError as exc:
                     if exc.errno == errno.ETOOMANYREFS and self._in_flight:
-                        return  # too many descriptors on their way: as BlockingIOError
+                        return  # too many descriptors are in flight: handled as BlockingIOError
                     request.set_outcome(exc)
                 else:
                     self._number = number
@@ -114,7 +114,7 @@ class Link:
         self._send()
 
     def _read_one(self) -> bool:
-        """Take one reply; return False if there is none."""
+        """Read one reply. Return False if there is none."""
         if self._is_eof:
             return False
         try:
@@ -122,7 +122,8 @@ class Link:
         except (BlockingIOError, InterruptedError):
             return False
         except ConnectionError:
-            # ECONNRESET: the server has died with requests unread. It is told once, and before what the server has written.
+            # ECONNRESET: the server has exited before it read all requests. The kernel reports this once. Replies may
+            # follow.
             return True
         if not reply:
             self._is_eof = True
@@ -130,8 +131,8 @@ class Link:
             self._close_wire()
             return False
         number, pid, code = REPLY.unpack(reply[: REPLY.size])
-        # Without a descriptor in spite of code 0 we had no room for one (MSG_CTRUNC), or the server could not send it: then
-        # the pid must do, which the worker keeps as long as it stands at its gate.
+        # With code 0 there may be no pidfd: this process has too many open files (MSG_CTRUNC), or the server could not send
+        # it. Then the pid is used. It stays valid while the worker waits for RELEASE.
         pidfd = fds[0] if fds else -1
         if number:
             self._in_flight.pop(number).on_reply(pid, pidfd, code)
@@ -140,35 +141,35 @@ class Link:
         return True
 
     def close_sending(self) -> None:
-        """Send no more requests: the server ends when it has done what it has got."""
+        """Send no more requests. The server exits when it has served those that were sent."""
         self.closing = True
         self._cancel_idle()
         while self._unsent:
-            self._unsent.popleft().set_outcome(OSError(errno.ESHUTDOWN, "the fork server is being closed"))
-        with contextlib.suppress(OSError):  # ENOTCONN: it has ended already
+            self._unsent.popleft().set_outcome(OSError(errno.ESHUTDOWN, "the fork server is closing"))
+        with contextlib.suppress(OSError):  # ENOTCONN: the server has exited
             self._control.shutdown(socket.SHUT_WR)
 
     def drop(self) -> None:
-        """End the server, in any thread: nobody can ask for a worker any more."""
+        """Have the server exit, since its ForkServer was dropped. May be called in any thread."""
         if self.error is not None:
             return
         if self._loop.is_running():
             self._loop_link.call(self.close_sending)
-        else:  # it may never run again
+        else:  # the loop may never run again
             self._kill_now()
             self._registry.collect()
 
     def _on_loop_closed(self) -> None:
-        """Leave nothing behind: the loop is closed, or gone, and nobody will hear of the server or its workers any more."""
+        """Kill and reap the server and the idle worker, since no loop watches them any more."""
         if self.error is None and not self._is_eof:
             self.is_loop_closed = True
             self._kill_now()
-            settle_abandoned()  # of which the registry has made those processes, unless it does so only now
+            settle_abandoned()  # reaps them if their registry has abandoned them; or the registry does so after this call
 
     def _kill_now(self) -> None:
-        """Kill the server and the worker without an order, and return when they are zombies."""
+        """Kill the server and the idle worker, and return when they are zombies."""
         self.closing = self._is_eof = True
-        self.error = OSError(errno.ESHUTDOWN, "the fork server was dropped, or its loop closed")
+        self.error = OSError(errno.ESHUTDOWN, "the fork server was dropped, or its event loop was closed")
         if not self.is_loop_closed:
             self._loop.remove_reader(self._control.fileno())
         self._close_wire()
@@ -181,7 +182,7 @@ class Link:
         self._control.close()
 
     def on_server_exit(self, reason: OSError) -> None:
-        """Know that the server has ended. Requests that it has not done fail; workers that it has made are found."""
+        """Fail the requests that have no worker. Requests whose worker exists without a reply get it from the worker."""
         if self.error is not None:
             return
         while self._read_one():

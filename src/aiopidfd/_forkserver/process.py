@@ -42,27 +42,28 @@ from .._watch.start_gate import RELEASE
 
 REQUEST: Final = struct.Struct("=Q")  # number
 REPLY: Final = struct.Struct("=Qii")  # number, pid or 0, errno
-# Readiness is manual, new session, process group or -1, pdeathsig or 0, how many numbers of pass_fds follow, and the size of
-# the pickle of (function, args) after them. No pickle itself: each page that a worker touches is copied for it.
+# ready is "manual", start_new_session, process_group or -1, pdeathsig or 0, the count of the numbers in pass_fds that
+# follow, and the size of the pickle of (function, args) after them. A struct costs fewer copied pages than a pickle (see
+# child.py).
 TASK: Final = struct.Struct("=??qiiQ")
 
 STARTED: Final = b"s"
 FAILED: Final = b"f"
-FAILURE: Final = struct.Struct("=I")  # follows FAILED: the size of the text that comes next
+FAILURE: Final = struct.Struct("=I")  # after FAILED: the size of the traceback that follows
 
-MAX_FDS: Final = 253  # SCM_MAX_FD of the kernel: in one message
+MAX_FDS: Final = 253  # in one message: the kernel's SCM_MAX_FD
 _MAX_TEXT: Final = 60_000  # fits into a socket's buffer
 
 
 class Server(NamedTuple):
-    """What a worker is to know of the server that it comes from."""
+    """What the server and its workers need."""
 
     control: socket.socket
     mask: int
 
 
 def pack_task(options: Options, pass_fds: Sequence[int], body_size: int) -> bytes:
-    """Return what goes into a worker's gate before the pickle of what it is to run."""
+    """Return what the parent sends to a worker before the pickle of (function, args)."""
     group = -1 if options.process_group is None else options.process_group
     manual, pdeathsig = options.ready == "manual", options.pdeathsig or 0
     head = TASK.pack(manual, options.start_new_session, group, pdeathsig, len(pass_fds), body_size)
@@ -70,28 +71,28 @@ def pack_task(options: Options, pass_fds: Sequence[int], body_size: int) -> byte
 
 
 def serve(control: socket.socket, preload: Sequence[str]) -> None:
-    """Fork workers until the parent has closed its end of the control socket."""
+    """Fork workers until the parent closes its end of the control socket."""
     server = Server(control, syscalls.set_signal_mask(syscalls.ALL_SIGNALS))
     try:
         if _handshake(server, preload):
             while _serve_one(server):
                 pass
-    except ConnectionError:  # the parent is gone, with our words unread
+    except ConnectionError:  # the parent has exited before it read all messages
         pass
 
 
 def _handshake(server: Server, preload: Sequence[str]) -> bool:
-    """Preload, and say how it went, with no text or a traceback; return whether it went well."""
+    """Import the modules, and send an empty text or a traceback. Return whether the imports succeeded."""
     try:
         for name in preload:
             importlib.import_module(name)
         if (threads.count_threads() or 1) > 1:
-            raise RuntimeError("a preloaded module has started threads, and a fork server must not have any")
+            raise RuntimeError("a preloaded module has started threads (a fork server must have one thread)")
     except BaseException:
         server.control.send(REPLY.pack(0, 0, 0) + _format_exception())
         return False
-    # What the modules have set or made; all else is clean since the server was forked, and so it is in each worker. The
-    # workers would share an epoll with one another. One that a fork hook makes in a worker is its own.
+    # Reset the signal handlers and epolls of the imported modules. The rest was reset when the server was forked. Workers
+    # must not share an epoll. An epoll that a fork hook makes in a worker belongs to that worker, and stays.
     reset_signals()
     syscalls.detach_all_epolls(server.control.fileno())
     child_exit.flush_streams()
@@ -100,12 +101,12 @@ def _handshake(server: Server, preload: Sequence[str]) -> bool:
 
 
 def _serve_one(server: Server) -> bool:
-    """Take one request; return False at the end of the control socket."""
+    """Serve one request. Return False if the parent has closed the control socket."""
     request, fds, flags, _ = socket.recv_fds(server.control, REQUEST.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     if not request:
         return False
     (number,) = REQUEST.unpack(request)
-    if flags & socket.MSG_CTRUNC:  # we had no room for some of the descriptors
+    if flags & socket.MSG_CTRUNC:  # RLIMIT_NOFILE: the kernel has dropped some descriptors
         pid, pidfd, code = 0, -1, errno.EMFILE
     else:
         pid, pidfd, code = _fork_worker(server, fds)
@@ -116,7 +117,7 @@ def _serve_one(server: Server) -> bool:
 
 
 def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
-    """Fork, and return the worker's pid and pidfd, and 0; or 0, -1 and an errno."""
+    """Fork a worker. Return its pid, its pidfd and 0, or 0, -1 and an errno."""
     child_main = functools.partial(child.run_child, functools.partial(_init_worker, server, fds))
     child_exit.mark_inherited_finalizers()
     try:
@@ -127,7 +128,7 @@ def _fork_worker(server: Server, fds: list[int]) -> tuple[int, int, int]:
 
 
 def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None:
-    reply = REPLY.pack(number, pid if os.getppid() else 0, code)  # 0: our parent is in no namespace that we see
+    reply = REPLY.pack(number, pid if os.getppid() else 0, code)  # 0: the parent is in another PID namespace
     try:
         if pidfd < 0:
             server.control.send(reply)
@@ -135,7 +136,7 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
         try:
             socket.send_fds(server.control, [reply], [pidfd])
         except OSError as exc:
-            # ETOOMANYREFS: this user has too many descriptors on their way through sockets. The parent opens its own.
+            # ETOOMANYREFS: this user has too many descriptors in flight in sockets. The parent opens a pidfd itself.
             if exc.errno != errno.ETOOMANYREFS:
                 raise
             server.control.send(reply)
@@ -145,53 +146,57 @@ def _reply(server: Server, number: int, pid: int, pidfd: int, code: int) -> None
 
 
 def _init_worker(server: Server, fds: list[int], _: int, mask: int) -> Callable[[], object]:
-    """Make a worker of this newly forked process, and return what it is to run, once it may."""
+    """Receive the task of this newly forked worker, wait for RELEASE, and return what the worker runs."""
     os.close(server.control.detach())
-    child_exit.reset_exit_handlers()  # while it waits for its order
-    os.set_inheritable(fds[0], False)  # socket.recv_fds may not have heeded its flags
-    gate = _Gate(fds[0])
-    manual, session, group, pdeathsig, count, body_size = TASK.unpack(gate.read(TASK.size))
-    numbers = struct.unpack(f"={count}i", gate.read(4 * count)) if count else ()
-    body = gate.read(body_size)
+    child_exit.reset_exit_handlers()  # before the task arrives, so that it costs no time then
+    os.set_inheritable(fds[0], False)  # socket.recv_fds() ignores its flags (seen up to Python 3.13)
+    reader = _TaskReader(fds[0])
+    manual, session, group, pdeathsig, count, body_size = TASK.unpack(reader.read(TASK.size))
+    numbers = struct.unpack(f"={count}i", reader.read(4 * count)) if count else ()
+    body = reader.read(body_size)
     _discard_signals()
     options = Options("manual" if manual else "auto", session, None if group < 0 else group, pdeathsig or None)
     try:
         if numbers:
-            gate.fd = _move_out_of(numbers, gate.fd)
+            reader.fd = _move_out_of(numbers, reader.fd)
             _renumber(fds[1:], numbers)
-        child.apply_options(options, gate.fd, mask)
+        child.apply_options(options, reader.fd, mask)
         child_func, args = pickle.loads(body)
     except BaseException as exc:
-        _send_failure(gate.fd)
-        gate.read(len(RELEASE))
+        _send_failure(reader.fd)
+        reader.read(len(RELEASE))
         if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             raise
-        raise SystemExit(1) from None  # the parent knows
-    _write(gate.fd, STARTED)
-    gate.read(len(RELEASE))
+        raise SystemExit(1) from None  # the parent has the traceback
+    _write(reader.fd, STARTED)
+    reader.read(len(RELEASE))
     if not manual:
         os.close(child.pop_ready_fd())
     return functools.partial(copy_context().run, _run, child_func, args)
 
 
 def _discard_signals() -> None:
-    """Forget what came while nobody knew what this worker would be: a Ctrl-C at the terminal was not for what it is now."""
+    """Discard signals that arrived while the worker was idle. Ctrl-C at the terminal reaches idle workers, too."""
     while pending := _signal.sigpending():
         _signal.sigtimedwait(pending, 0)
 
 
-class _Gate:
-    """What comes in at a worker's gate."""
+class _TaskReader:
+    """The worker's end of its socket, with a read buffer."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._ahead = b""
 
     def read(self, size: int) -> bytes:
-        """Read `size` bytes. SystemExit: the parent has given us up. It may never have heard of us: so we say something."""
+        """Read `size` bytes.
+
+        If the parent has closed its end, send STARTED and raise SystemExit. The message shows the pid to a parent that has
+        got no reply of the server.
+        """
         parts, missing = [self._ahead], size - len(self._ahead)
         while missing > 0:
-            # A small order is read as a whole, often with RELEASE at its end.
+            # One call reads all of a small task, and often RELEASE.
             part = os.read(self.fd, min(max(missing, 4096), 1 << 20))
             if not part:
                 _write(self.fd, STARTED)
@@ -204,21 +209,21 @@ class _Gate:
 
 
 def _run(child_func: Callable[..., object], args: Sequence[object]) -> int:
-    """Call `child_func`; while the parent waits for readiness, it is the parent that is told of an exception."""
+    """Call `child_func`. If it raises before the worker is ready, send the traceback to the parent instead of stderr."""
     try:
         return child.to_exit_code(child_func(*args))
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:
-        gate = child.pop_ready_fd()
-        if gate < 0:
+        fd = child.pop_ready_fd()
+        if fd < 0:
             raise
-        _send_failure(gate)
+        _send_failure(fd)
         raise SystemExit(1) from None
 
 
 def _renumber(passed: Sequence[int], numbers: Sequence[int]) -> None:
-    """Give each passed descriptor the number that it has in the parent, whatever that number was here."""
+    """Give each passed descriptor the number that it has in the parent."""
     movable = [_move_out_of(numbers, fd) for fd in passed]
     for fd, number in zip(movable, numbers):
         os.dup2(fd, number, inheritable=number <= 2)
@@ -226,7 +231,7 @@ def _renumber(passed: Sequence[int], numbers: Sequence[int]) -> None:
 
 
 def _move_out_of(numbers: Sequence[int], fd: int) -> int:
-    """Return `fd`, or a copy that replaces it, which is none of `numbers`."""
+    """Return `fd`, or a copy of it if `numbers` contains it. Then `fd` is closed."""
     tried = []
     while fd in numbers:
         tried.append(fd)
@@ -236,25 +241,25 @@ def _move_out_of(numbers: Sequence[int], fd: int) -> int:
     return fd
 
 
-def _send_failure(gate: int) -> None:
+def _send_failure(fd: int) -> None:
     text = _format_exception()
-    _write(gate, FAILED + FAILURE.pack(len(text)) + text)
+    _write(fd, FAILED + FAILURE.pack(len(text)) + text)
 
 
 def _format_exception() -> bytes:
     return traceback.format_exc().encode(errors="replace")[-_MAX_TEXT:]
 
 
-def _write(gate: int, data: bytes) -> None:
+def _write(fd: int, data: bytes) -> None:
     try:
         while data:
-            data = data[os.write(gate, data) :]
-    except ConnectionError:  # nobody listens any more
+            data = data[os.write(fd, data) :]
+    except ConnectionError:  # the parent has closed its end
         pass
 
 
 def main(control: int, preload: Sequence[str], main_module: dict[str, str]) -> None:
-    """Be the fork server of another process: what a fresh interpreter runs, with its end of the wire open already."""
+    """Run the fork server in a new interpreter. `control` is the descriptor of its control socket."""
     inherited.close_inherited(control)
     afork.install_fork_hook()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, control) as end:

@@ -25,41 +25,40 @@ from .pickling import pickle_call
 from .process import MAX_FDS
 from .request import Request
 
-# clone(2) with CLONE_PIDFD and CLONE_PARENT cannot be had here, as against: not at the moment.
+# Errors of clone(2) with CLONE_PIDFD and CLONE_PARENT that do not go away: the system call is unsupported or forbidden here.
 _UNSUPPORTED = syscalls.FORBIDDEN | {errno.EINVAL, errno.ENOTSUP}
 
 
 Workers = dict[object, "tuple[asyncio.Future[ExitStatus], Child]"]
-"""Those that have not ended, by what hears of their end: their handles may be dropped."""
+"""Workers that have not exited, by their exit observer. Their handles may be dropped."""
 
 
 class ForkServer:
-    """A small process with one thread that forks workers for this one.
+    """A small process with one thread that forks workers for this process.
 
-    `afork` copies this process, which takes longer the bigger it is, and is not safe beside threads. A fork server copies
-    itself. Its workers are children of *this* process all the same: waited for, signalled and measured as any other.
+    `afork()` forks this process. That takes longer the more memory it uses, and is unsafe if it has other threads. A fork
+    server forks itself. Its workers are children of *this* process, as those of `afork()`.
 
         async with ForkServer() as server:
             async with await server.afork(function, argument) as worker:
                 ...
 
-    Start it early: with the start method "fork" it is a copy of what this process is at that moment. While this process has
-    one thread, that also makes workers that nobody else can reap. "spawn" makes it a fresh interpreter, which takes longer,
-    and is as small and as safe whenever it is started.
+    Start it early. With the start method "fork", the server is a copy of this process at that moment. If this process has
+    one thread then, other code cannot reap the workers. With "spawn", the server is a new interpreter. It takes longer to
+    start, but it is small and safe at any time.
 
-    One worker is forked ahead of its order: it is an idle process more, and what comes next need not wait for a fork.
-    `pass_fds` does, since descriptors go by way of the server.
-
-    The server keeps no descriptor of this process whose end somebody may wait for: no pipe, socket or terminal, no file that
-    is locked at that moment, nothing but plain files. With "fork" their numbers become those of /dev/null. It keeps the
-    standard streams and, with "fork", other files and folders, as one that logging writes to. Workers get the rest by
+    One idle worker is forked before it is needed. So the next call of `afork()` does not wait for a fork, unless it has
     `pass_fds`.
 
-    The server ends with this object or its loop, at the latest with this process. Workers live on; the server may be killed,
-    too.
+    The server closes descriptors for which another process may wait: pipes, sockets, terminals and locked files. It keeps
+    the standard streams. With "fork", it also keeps other regular files and directories, such as log files, and the closed
+    numbers are opened on /dev/null. Use `pass_fds` for everything else that a worker needs.
+
+    The server exits when this object is closed or dropped, when its loop is closed, and when this process exits. Workers are
+    independent of it: they run on, also if the server is killed.
     """
 
-    _link: Link | None = None  # until the server is started: a constructor that fails has nothing to warn of
+    _link: Link | None = None  # until the server is started, so that a constructor that fails gives no ResourceWarning
 
     def __init__(
         self,
@@ -69,14 +68,14 @@ class ForkServer:
         restart: bool = False,
         fallback: bool = False,
     ) -> None:
-        """Start nothing yet.
+        """Set the options. `async with` starts the server.
 
         Args:
-            preload: modules that the server imports, so that no worker has to. "__main__": with "spawn", this program's main
-                module, as multiprocessing does; it is then imported under the name of `__mp_main__`.
+            preload: modules that the server imports, so that the workers need not. With "spawn", "__main__" stands for this
+                program's main module. As in multiprocessing, its name is `__mp_main__` in the server.
             start_method: "fork" or "spawn".
-            restart: start the server anew, at the next `afork`, if it has ended.
-            fallback: where there can be no fork server, make each worker by the plain `afork`.
+            restart: if the server has exited, start a new one at the next call of `afork()`.
+            fallback: if a fork server is not available here, make each worker by `aiopidfd.afork()`.
         """
         if isinstance(preload, str):
             raise TypeError("preload must be an iterable of module names, not a str")
@@ -99,21 +98,25 @@ class ForkServer:
     def __del__(self) -> None:
         link = self._link
         if link is not None and not self._closed and (link.error is None or link.is_loop_closed):
-            warnings.warn(f"{self!r} was dropped; close() it, or use async with", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"{self!r} was dropped (call close() first, or use async with)", ResourceWarning, source=self, stacklevel=2
+            )
             link.drop()
 
     async def __aenter__(self) -> ForkServer:
         """Start the server.
 
-        With the start method "fork" the loop waits meanwhile for as long as a fork of this process takes.
+        With the start method "fork", the loop is blocked for as long as a fork of this process takes.
 
         Raises:
-            ChildStartError: it has ended before it was ready; with the traceback if a module could not be preloaded.
-            OSError: ENOSYS, EPERM, EACCES: pidfds, or clone(2) with CLONE_PIDFD, are forbidden here. EINVAL: the server is
-                init of a PID namespace. ENOTSUP: see `ap_fork` in clone.h. EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2).
+            ChildStartError: the server exited before it was ready. If a module could not be imported, the message has the
+                traceback.
+            OSError: ENOSYS, EPERM, EACCES: pidfds, or clone(2) with CLONE_PIDFD, are unavailable. EINVAL: the server is the
+                init process of a PID namespace. ENOTSUP: see `ap_fork` in clone.h. EAGAIN, ENOMEM, EMFILE, ENFILE: as for
+                fork(2).
         """
         if self._loop is not None:
-            raise RuntimeError("a ForkServer can be started once")
+            raise RuntimeError("a ForkServer can only be started once")
         self._loop = asyncio.get_running_loop()
         self._lock = asyncio.Lock()
         await self._start(self._loop, stacklevel=6)
@@ -131,9 +134,9 @@ class ForkServer:
 
     @property
     def features(self) -> ForkServerFeatures:
-        """How the server was made. RuntimeError: it was not started."""
+        """How the server was started. Raises RuntimeError if it is not started."""
         if self._features is None:
-            raise RuntimeError("the fork server is not started; use it by async with")
+            raise RuntimeError("the fork server is not started (use async with)")
         return self._features
 
     async def afork(
@@ -148,26 +151,27 @@ class ForkServer:
     ) -> AbstractChildProcess:
         """Run `child_func(*args)` in a new child of this process, and return its handle once the child is ready.
 
-        As `aiopidfd.afork`, but for: what is run is pickled, by cloudpickle, if it is installed, where pickle cannot.
-        "auto" means ready when it is unpickled, too. Standard streams, environment and working directory are the server's.
+        This differs from `aiopidfd.afork()`: `child_func` and `args` are pickled. If pickle cannot pickle them, cloudpickle
+        is used if it is installed. With ready="auto", the child is ready after it has unpickled them. It has the server's
+        standard streams, environment and working directory.
 
         Args:
-            ready, start_new_session, process_group: as for `afork`.
-            pdeathsig: the signal that the child gets when this process dies: more exactly, when the *thread* that started
-                the server ends.
-            pass_fds: descriptors that the child gets, with the numbers that they have here.
+            ready, start_new_session, process_group: as for `aiopidfd.afork()`.
+            pdeathsig: the signal that the child gets when the *thread* that started the server exits.
+            pass_fds: descriptors that the child gets, with the same numbers.
 
         Raises:
-            pickle.PicklingError: `child_func` or `args` cannot be pickled; nothing was sent.
-            TypeError, ValueError: another argument is not what it must be; nothing was sent.
-            ChildStartError: the child ended before it was ready, with its traceback if there is one.
-            ConnectionResetError: the server has ended. There is no child.
-            OSError: EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2), here or in the server. ENOTSUP: the server is in another
-                PID namespace, and nothing tells what pid the worker has in this one (before Linux 6.13, without a /proc).
-            RuntimeError: the server is not started, closed, or belongs to another loop.
+            pickle.PicklingError: `child_func` or `args` cannot be pickled. Nothing was sent.
+            TypeError, ValueError: another argument is invalid. Nothing was sent.
+            ChildStartError: the child exited before it was ready. The message has its traceback if there is one.
+            ConnectionResetError: the server has exited. There is no child.
+            OSError: EAGAIN, ENOMEM, EMFILE, ENFILE: as for fork(2), in this process or in the server. ENOTSUP: the server is
+                in another PID namespace, and the pid of the worker in this one is unknown (before Linux 6.13, without
+                /proc).
+            RuntimeError: the server is not started, or is closed, or belongs to another loop.
 
-        Cancellation kills the half-made child and reaps it before it goes on. If the server does not answer within a second,
-        because it was stopped, that is left for when it goes on.
+        Cancellation kills and reaps the child if it is not ready yet. If the server is stopped and does not reply within a
+        second, the child is killed when the server replies.
         """
         options = Options(ready, start_new_session, process_group, pdeathsig)
         check_arguments(child_func, options)
@@ -195,11 +199,11 @@ class ForkServer:
             request.close()
 
     async def close(self, *, stop_workers: bool = False, grace: float = 5.0) -> None:
-        """End the server; calls of `afork` that it has got already are served before. Workers are left alone.
+        """Have the server exit after it has served the requests that were sent. Workers run on.
 
         Args:
-            stop_workers: stop them, too: SIGTERM, then SIGKILL after `grace` seconds.
-            grace: how long the server, and then the workers, may take.
+            stop_workers: send SIGTERM to the workers, and SIGKILL to those that run after `grace` seconds.
+            grace: how many seconds the server, and then the workers, may take to exit.
         """
         self._closed = True
         link, server = self._link, self._server
@@ -220,7 +224,7 @@ class ForkServer:
         obstacle: OSError | None = None
         if choose("auto") != "pidfd":
             obstacle = probe_pidfd() or OSError(
-                errno.ENOSYS, "a fork server needs the pidfd backend, and sigchld was chosen"
+                errno.ENOSYS, "a fork server requires the pidfd backend, and the backend is sigchld"
             )
         else:
             try:
@@ -268,18 +272,23 @@ class ForkServer:
 
 
 def _track_worker(workers: Workers, worker: AbstractChildProcess) -> None:
-    """Know a worker until it ends. Not by way of the server, which may be dropped before."""
+    """Keep a worker in `workers` until it exits. The callback does not refer to the ForkServer, which may be dropped."""
     end = worker._exit
     workers[end] = (end.future, worker._child)
     end.future.add_done_callback(lambda _: workers.pop(end, None), context=Context())
 
 
 async def _handshake(server: AbstractChildProcess, link: Link) -> OSError | None:
-    """Wait until the server has forked a worker; return why it cannot. ChildStartError: it has ended."""
+    """Wait until the server has forked a worker. Return None, or an error that shows that fork servers are not available.
+
+    Raises:
+        ChildStartError: the server has exited.
+        OSError: the server cannot fork now.
+    """
     server.detach()
 
     def on_exit(end: asyncio.Future[ExitStatus]) -> None:
-        link.on_server_exit(ConnectionResetError(errno.ECONNRESET, f"the fork server has ended: {end.result()!r}"))
+        link.on_server_exit(ConnectionResetError(errno.ECONNRESET, f"the fork server has exited: {end.result()!r}"))
 
     server._exit.future.add_done_callback(on_exit, context=Context())
     failure: OSError | str | None = "cancelled"
@@ -295,11 +304,11 @@ async def _handshake(server: AbstractChildProcess, link: Link) -> OSError | None
         raise failure
     status = server._exit.future.result()
     text = f"\n{failure}" if isinstance(failure, str) else ""
-    raise ChildStartError(f"the fork server ended before it was ready: {status!r}{text}", status)
+    raise ChildStartError(f"the fork server exited before it was ready: {status!r}{text}", status)
 
 
 async def _await_handshake(server: AbstractChildProcess, link: Link) -> OSError | str | None:
-    """Return why the server cannot fork, as an error or as its own traceback; None if it can."""
+    """Return None if the server can fork, else an error, or the server's traceback as text."""
     failure = await asyncio.shield(link.handshake)
     if failure == "":
         try:
@@ -318,9 +327,9 @@ def _check_fds(pass_fds: Iterable[int]) -> tuple[int, ...]:
         if not isinstance(fd, int) or isinstance(fd, bool):
             raise TypeError(f"pass_fds must be ints, not {type(fd).__name__}")
         if fd < 0:
-            raise ValueError(f"pass_fds must be descriptors, and there is {fd} among them")
+            raise ValueError(f"pass_fds must contain file descriptors >= 0, not {fd}")
     if len(set(fds)) < len(fds):
-        raise ValueError("pass_fds names a descriptor twice")
+        raise ValueError("pass_fds contains a file descriptor twice")
     if len(fds) >= MAX_FDS:
-        raise ValueError(f"pass_fds can be {MAX_FDS - 1} descriptors at most, and are {len(fds)}")
+        raise ValueError(f"pass_fds must contain at most {MAX_FDS - 1} file descriptors, not {len(fds)}")
     return fds
