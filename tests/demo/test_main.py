@@ -77,7 +77,7 @@ def test_table_shows_each_feature_aligned(capsys: pytest.CaptureFixture[str]) ->
     found = features()
     assert title.startswith("aiopidfd ")
     assert f"Linux {found.kernel}" in title
-    here, meaning = header.index("here"), header.index("what for")
+    here, meaning = header.index("here"), header.index("used")
     assert {row[:here].strip(): row[here:meaning].strip() for row in rows} == {
         "pidfd_open": found.pidfd_open,
         "waitid(P_PIDFD)": found.waitid_pidfd,

@@ -100,18 +100,18 @@ async def start_child(
 ) -> AbstractChildProcess:
     """Fork by `fork_`, and return the child's handle once the child is ready. Errors and cancellation are as in afork()."""
     child = prepare_child(loop, options.pgid)  # may raise, so it is called before the fork
-    gates, end = child._registry.gates, child._exit
+    gates, observer = child._registry.gates, child._exit
     gate = gates.make(loop)
     try:
         child = _fork(child, gate, ChildSpec(child_func, options, loop, copy_context()), fork_)
         if not await gate.ready:
             await wait_until_ready(child, gate.ready, f"child process {child.pid}")
-        end.future.remove_done_callback(gate.on_exit)
+        observer.future.remove_done_callback(gate.on_exit)
         gates.close(gate)
         child._detached = False
         return child
     except BaseException:
-        await _undo_fork(child._registry, end, gate)
+        await _undo_fork(child._registry, observer, gate)
         raise
 
 
@@ -187,14 +187,14 @@ def _fork(child: AbstractChildProcess, gate: StartGate, spec: ChildSpec, fork_: 
     return child
 
 
-async def _undo_fork(registry: Registry, end: ExitObserver, gate: StartGate) -> None:
+async def _undo_fork(registry: Registry, observer: ExitObserver, gate: StartGate) -> None:
     """Kill and reap a child whose caller gets an exception. Interrupts and cancellation do not stop this."""
-    is_watched = _retry_until_done(partial(registry.kill_forked, gate, end))
-    _retry_until_done(partial(end.future.remove_done_callback, gate.on_exit))
+    is_watched = _retry_until_done(partial(registry.kill_forked, gate, observer))
+    _retry_until_done(partial(observer.future.remove_done_callback, gate.on_exit))
     _retry_until_done(partial(registry.gates.close, gate))
-    while is_watched and not end.future.done():
+    while is_watched and not observer.future.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([end.future])
+            await asyncio.wait([observer.future])
 
 
 def _retry_until_done(function: Callable[[], _T]) -> _T:
@@ -249,20 +249,20 @@ async def wait_until_ready(
         ChildStartError: the child exited first, or was killed since it cannot become ready. The message ends with the text
             that `explain` returns.
     """
-    end: asyncio.Future[ExitStatus] = child._exit.future
-    await asyncio.wait({ready, cast("asyncio.Future[bool]", end)}, return_when=asyncio.FIRST_COMPLETED)
+    exited: asyncio.Future[ExitStatus] = child._exit.future
+    await asyncio.wait({ready, cast("asyncio.Future[bool]", exited)}, return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and ready.result():
         return
     why = "exited before it was ready"
-    if not end.done():  # it has closed its end of the start gate: it is about to exit, or it has called exec
+    if not exited.done():  # it has closed its end of the start gate: it is about to exit, or it has called exec
         cause = "called exec" if proc.has_called_exec(child.pid) else ""
         if not cause:
-            await asyncio.wait([end], timeout=_EXIT_TIMEOUT_S)
-            cause = "" if end.done() else "called exec, or closed all descriptors,"
+            await asyncio.wait([exited], timeout=_EXIT_TIMEOUT_S)
+            cause = "" if exited.done() else "called exec, or closed all descriptors,"
         if cause:
             kill(child)
             why = f"{cause} before it was ready, and was killed (call notify_ready() first, or use ready='auto')"
-    status = await asyncio.shield(end)
+    status = await asyncio.shield(exited)
     raise ChildStartError(f"{name} {why}: {status!r}{explain()}", status)
 
 

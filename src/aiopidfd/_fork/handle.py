@@ -50,14 +50,14 @@ class AbstractChildProcess(ABC):
 
     def _adopt(self, pid: int, pidfd: int, backend: Choice) -> None:
         loop = asyncio.get_running_loop()
-        registry, end = registry_of(loop), ExitObserver(loop)
-        self._bind(registry, registry.observe(pid, end, end, pidfd=pidfd, backend=backend), end)
+        registry, observer = registry_of(loop), ExitObserver(loop)
+        self._bind(registry, registry.observe(pid, observer, observer, pidfd=pidfd, backend=backend), observer)
         self._attach(None)
 
-    def _bind(self, registry: Registry, child: Child, end: ExitObserver) -> None:
+    def _bind(self, registry: Registry, child: Child, observer: ExitObserver) -> None:
         self._registry = registry
         self._child = child
-        self._exit = end
+        self._exit = observer
 
     def _attach(self, pgid: int | None) -> None:
         """Warn from now on if the handle is dropped while the child runs."""
@@ -235,46 +235,50 @@ def watch_forked(
     loop: asyncio.AbstractEventLoop | None = None,
     check: bool = False,
 ) -> AbstractChildProcess:
-    """Return the handle of a child that has just been forked and cannot end unseen.
+    """Watch a child that has just been forked, and return its handle.
 
-    `pgid` is the process group that was asked for, 0 for the child's own. `pidfd` is ours from now on if this succeeds.
-    `check`: make sure that it is a child of ours, and raise ProcessLookupError or ChildProcessError if not.
+    `pgid` is the process group of `Options`. The handle owns `pidfd` if this succeeds. `check`: raise ProcessLookupError or
+    ChildProcessError if `pid` is not a child of this process.
     """
     loop = loop or asyncio.get_running_loop()
-    registry, end = registry_of(loop), ExitObserver(loop)
-    handle = _make_handle(registry, registry.observe(pid, end, end, check=check, pidfd=pidfd, is_new=True), end)
+    registry, observer = registry_of(loop), ExitObserver(loop)
+    handle = _make_handle(
+        registry, registry.observe(pid, observer, observer, check=check, pidfd=pidfd, is_new=True), observer
+    )
     handle._attach(pgid)
     return handle
 
 
 def prepare_child(loop: asyncio.AbstractEventLoop, pgid: int | None) -> AbstractChildProcess:
-    """Return the handle, detached, of a child that is about to be forked.
+    """Return the detached handle of a child that is about to be forked.
 
-    What can be made before a fork is: after it, every page that is written to is copied first.
+    Objects are made before the fork where possible. After the fork, each page that is written to must be copied first.
     """
-    registry, end = registry_of(loop), ExitObserver(loop)
-    child = registry.prepare(end, end)
-    handle = _make_handle(registry, child, end)
+    registry, observer = registry_of(loop), ExitObserver(loop)
+    child = registry.prepare(observer, observer)
+    handle = _make_handle(registry, child, observer)
     handle._pgid = pgid
     return handle
 
 
 def watch_prepared(handle: AbstractChildProcess, pid: int, pidfd: int) -> AbstractChildProcess:
-    """Do what `release` of the registry cannot: watch a prepared child, whatever it takes; return its handle, detached.
+    """Watch a prepared child that has been forked, where Registry.release() cannot. Return its handle, detached.
 
-    It has just been forked, and cannot end unseen. `pidfd`, or -1, is ours from now on if this succeeds.
+    `pidfd` may be -1. The handle owns it if this succeeds.
     """
-    registry, end = handle._registry, handle._exit
-    watched = _make_handle(registry, registry.observe(pid, end, end, check=False, pidfd=pidfd, is_new=True), end)
+    registry, observer = handle._registry, handle._exit
+    watched = _make_handle(
+        registry, registry.observe(pid, observer, observer, check=False, pidfd=pidfd, is_new=True), observer
+    )
     watched._pgid = handle._pgid
     return watched
 
 
-def _make_handle(registry: Registry, child: Child, end: ExitObserver) -> AbstractChildProcess:
+def _make_handle(registry: Registry, child: Child, observer: ExitObserver) -> AbstractChildProcess:
     """Return a detached handle."""
     made = PidfdChildProcess if child.backend.name == "pidfd" else PosixChildProcess
     handle: AbstractChildProcess = made.__new__(made)
-    handle._bind(registry, child, end)
+    handle._bind(registry, child, observer)
     return handle
 
 

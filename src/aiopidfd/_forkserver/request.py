@@ -87,8 +87,8 @@ class Request:
         """Send the request to the server.
 
         Raises:
-            OSError: EMFILE, ENFILE: too many open files. EBADF: a descriptor in pass_fds is not open. Others: see sendmsg(2).
-                Nothing was sent.
+            OSError: EMFILE, ENFILE: too many open files. EBADF: a descriptor in pass_fds is not open. Others:
+                see sendmsg(2). Nothing was sent.
         """
         sock, worker_end = socket.socketpair()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -254,7 +254,7 @@ class Request:
         return worker
 
     def _explain(self) -> str:
-        self.on_readable()  # it has ended, and its last message may be unread
+        self.on_readable()  # the worker has exited, and its last message may be unread
         return f"\n{self.failure}" if self.failure else ""
 
     def cancel(self) -> None:

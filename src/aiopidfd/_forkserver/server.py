@@ -268,14 +268,14 @@ class ForkServer:
             for _, child in workers:
                 registry.send_signal(child, sig)
             if workers:
-                await asyncio.wait([end for end, _ in workers], timeout=grace if sig == signal.SIGTERM else None)
+                await asyncio.wait([exited for exited, _ in workers], timeout=grace if sig == signal.SIGTERM else None)
 
 
 def _track_worker(workers: Workers, worker: AbstractChildProcess) -> None:
     """Keep a worker in `workers` until it exits. The callback does not refer to the ForkServer, which may be dropped."""
-    end = worker._exit
-    workers[end] = (end.future, worker._child)
-    end.future.add_done_callback(lambda _: workers.pop(end, None), context=Context())
+    observer = worker._exit
+    workers[observer] = (observer.future, worker._child)
+    observer.future.add_done_callback(lambda _: workers.pop(observer, None), context=Context())
 
 
 async def _handshake(server: AbstractChildProcess, link: Link) -> OSError | None:
@@ -287,8 +287,8 @@ async def _handshake(server: AbstractChildProcess, link: Link) -> OSError | None
     """
     server.detach()
 
-    def on_exit(end: asyncio.Future[ExitStatus]) -> None:
-        link.on_server_exit(ConnectionResetError(errno.ECONNRESET, f"the fork server has exited: {end.result()!r}"))
+    def on_exit(exited: asyncio.Future[ExitStatus]) -> None:
+        link.on_server_exit(ConnectionResetError(errno.ECONNRESET, f"the fork server has exited: {exited.result()!r}"))
 
     server._exit.future.add_done_callback(on_exit, context=Context())
     failure: OSError | str | None = "cancelled"
