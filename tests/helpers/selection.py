@@ -11,6 +11,8 @@ Whoever names a test on the command line, as in `tests/test_wait.py::test_name` 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable
@@ -55,6 +57,17 @@ def _hide_reader(config: pytest.Config) -> None:
         if int(thread) != os.getpid():
             Path(f"/proc/self/task/{thread}/comm").write_text("iou-wrk-xdist", encoding="ascii")
     config.addinivalue_line("filterwarnings", "ignore:This process:DeprecationWarning")
+
+    # Nor may it take a signal that a test has blocked in the main thread. It blocks all when it handles its first command.
+    interactor: Any = next(plugin for plugin in config.pluginmanager.get_plugins() if hasattr(plugin, "handle_command"))
+    handle = interactor.handle_command
+
+    def handle_without_signals(command: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        handle(command)
+
+    interactor.handle_command = handle_without_signals
 
 
 @pytest.fixture
