@@ -1,4 +1,4 @@
-"""The SIGCHLD backend beside others: what is not ours costs little, and hides none of ours for longer than a check."""
+"""The SIGCHLD backend beside other children: they cost little, and delay no exit of ours for longer than a check."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKENDS = ["sigchld"]  # for conftest
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What asking for each child has found, each time."""
+    """How many children each full scan has found."""
     found: list[int] = []
     reap_all = reaper.Pids.reap_all
 
@@ -40,7 +40,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-# Exits of others
+# Exits of other children
 
 
 async def test_exit_of_somebody_else_s_child_has_none_of_ours_asked_for(
@@ -89,11 +89,11 @@ async def test_many_exits_of_others_cost_one_look(no_checks: None, monkeypatch: 
             os.waitpid(child.pid, 0)
         assert len(planned) == 1
         ours.end(1)
-        assert (await task).returncode == 1  # its look overtakes that one
+        assert (await task).returncode == 1  # its scan comes first
 
 
 async def test_exit_that_a_signal_has_named_is_reported_at_once_though_no_scan_is_due(no_checks: None) -> None:
-    """A foreign zombie stands before it, and there has been too much looking."""
+    """A foreign zombie hides it, and there were too many scans."""
     with held(2) as (foreign, ours):
         (task,) = await watch(ours)
         foreign.end_unreaped(9)
@@ -127,7 +127,7 @@ async def test_exit_whose_signal_has_merged_with_one_that_is_not_for_us_is_found
 async def test_exits_of_ours_beside_a_zombie_that_nobody_reaps_are_looked_behind_within_a_bound(
     no_checks: None, scans: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each look takes 20 ms by its clock: then a second of rest, in which those that were named are told all the same."""
+    """A scan takes 20 ms by its clock. Then it pauses for a second. Children that a signal has named are still reported."""
     clock = iter(number * 0.02 for number in range(1000))
     times = types.SimpleNamespace(monotonic=time.monotonic, thread_time=lambda: next(clock))
     with held(12) as (foreign, *ours):
@@ -153,7 +153,7 @@ async def test_look_that_finds_some_is_no_look_in_vain(no_checks: None) -> None:
 
 
 async def test_children_that_a_handler_before_ours_has_reaped_are_reported_at_once(no_checks: None, handlers: Any) -> None:
-    """It calls ours, which cannot know whom the signal has named."""
+    """It calls our handler, which cannot know which child the signal has named."""
     with held(2) as (one, two):
         tasks = await watch(one, two)
         handlers.install_handler(1)
@@ -166,11 +166,11 @@ async def test_children_that_a_handler_before_ours_has_reaped_are_reported_at_on
         assert [task.result().source for task in tasks] == ["lost", "lost"]
 
 
-# What the handler leaves as it was
+# errno
 
 
 async def test_handler_leaves_errno_as_it_was(handlers: Any, no_checks: None) -> None:
-    """Whatever it interrupts may be about to read it. A child that is no longer there to be reaped sets it to ECHILD."""
+    """The interrupted code may read errno next. waitid() for a reaped child sets it to ECHILD."""
     with held(2) as (watched, reaped):
         (task,) = await watch(watched)
         reaped.end_unreaped(0)

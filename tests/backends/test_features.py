@@ -1,4 +1,4 @@
-"""features(): each answer is found out by trying, and the backend follows from the answers."""
+"""features(): it tries each call, and the backend follows from the answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORBIDDEN = [errno.ENOSYS, errno.EPERM, errno.EACCES]
 
 
 def failing(code: int) -> Callable[..., Any]:
-    """What a call does that a kernel or a seccomp filter answers with `code`."""
+    """A call that a kernel or a seccomp filter answers with `code`."""
 
     def fail(*args: object, **keywords: object) -> Any:
         raise OSError(code, os.strerror(code))
@@ -81,7 +81,7 @@ def test_refused_waitid_forbids_pidfds(monkeypatch: pytest.MonkeyPatch, code: in
 
 @pytest.mark.parametrize("code", FORBIDDEN, ids=name)
 def test_refused_signals_forbid_pidfds(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """A child that cannot be signalled by pidfd is watched by pid, and then signalled by pid, safely."""
+    """If a child cannot be signalled by pidfd, it is watched by pid, and signalled safely by pid."""
     monkeypatch.setattr(syscalls, "send_signal", failing(code))
     found = features()
     assert (found.pidfd_send_signal, found.backend) == (name(code), "sigchld")
@@ -94,7 +94,7 @@ def test_shortage_of_descriptors_does_not_forbid_pidfds(monkeypatch: pytest.Monk
     monkeypatch.setattr(syscalls, "open_pidfd", failing(code))
     found = features()
     assert found.pidfd_open == name(code)
-    # Without a pidfd the other calls are tried all the same.
+    # The other calls are tried without a pidfd, too.
     assert (found.waitid_pidfd, found.pidfd_send_signal) == (before.waitid_pidfd, before.pidfd_send_signal)
     assert found.backend == ("pidfd" if before.waitid_pidfd == "yes" else "sigchld")
 
@@ -119,7 +119,7 @@ def test_older_kernel_says_why_a_status_is_lost(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.fixture
 def set_sigchld_in_c() -> Iterator[Callable[[int | None], None]]:
-    """Sets what SIGCHLD does behind Python's back, as a C library does it."""
+    """Set the handler of SIGCHLD as a C library does, without Python."""
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     yield lambda action: libc.signal(signal.SIGCHLD, action)
@@ -140,7 +140,7 @@ def test_sigchld_is_what_python_has_set(action: Any, answer: str) -> None:
 
 
 def test_sigchld_is_what_c_code_has_set_behind_python(set_sigchld_in_c: Callable[[int | None], None]) -> None:
-    harmless = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value  # takes an int, as a handler does
+    harmless = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value  # it takes an int, as a handler
     set_sigchld_in_c(harmless)
     assert re.search(r"/(libc|ld-musl)", features().sigchld)
     set_sigchld_in_c(signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What our SIGCHLD handler does to whoever it interrupts."""
+"""Our SIGCHLD handler does not disturb the code that it interrupts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..helpers.seccomp import compile_c
 
 
 def test_handler_leaves_errno_alone() -> None:
-    """Whatever it calls may change it; code that is interrupted before it has looked at its own errno must not see that."""
+    """The calls of the handler change errno. Interrupted code that has not read its own errno yet must not see that."""
     handlers = ctypes.CDLL(str(compile_c("handlers.c", "-shared", "-fPIC")))
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:

@@ -1,4 +1,4 @@
-"""Others who reap our children: no exit is lost that the kernel can tell, none is told twice."""
+"""Other code reaps our children: each exit is reported once, with its status if the kernel has it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_kernel_that_reaps_since_before_the_child(
     other_reaper.other_set_sigchld(how)
     with one_held() as child:
         waiting = await watched(child.pid)
-        if backend == "sigchld":  # its handler has taken the place of what made the kernel reap, and it has said so
+        if backend == "sigchld":  # our handler has replaced that setting, and has logged it
             child.end(9)
             status = await waiting
             assert (status.returncode, status.source) == (9, "reaped")
@@ -139,7 +139,7 @@ async def test_popen_that_polls_its_own_child(assert_reported: CheckReported) ->
 def test_watchers_of_two_loops_in_two_threads(
     loop_factory: LoopFactory, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One of them reaps; both are told. By pid, the other one can only tell that it was too late."""
+    """One of them reaps, and both are notified. By pid, the other one only sees that it was too late."""
     watching = threading.Barrier(3, timeout=30)
     reported: list[ExitStatus] = []
 
@@ -184,7 +184,7 @@ async def test_every_kind_of_observer_is_notified_once_of_an_exit_that_others_re
 
 
 async def test_half_of_many_children_are_reaped_by_others(backend: str, caplog: pytest.LogCaptureFixture) -> None:
-    """More than one batch of them, in one round of the loop."""
+    """More than one batch, in one round of the loop."""
     with held(150) as all_of_them:
         waiting = [await watched(child.pid) for child in all_of_them]
         for number, child in enumerate(all_of_them):

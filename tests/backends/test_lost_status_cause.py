@@ -65,10 +65,10 @@ async def test_what_had_the_kernel_reap_is_found_behind_ours(
         one.end(1)
         with pytest.raises(ChildProcessError):
             os.waitpid(one.pid, 0)  # the kernel has reaped it
-        tasks += await watch(two)  # puts ours back in front
+        tasks += await watch(two)  # installs our handler again
         assert describe_sigchld().startswith("ours")
         assert "so that the kernel reaps children itself" in lost_status.find_likely_cause()
-        sigchld_backend._replaced = (0.0, "")  # as if that were long ago
+        sigchld_backend._replaced = (0.0, "")  # as if it was long ago
         assert "before aiopidfd handled it" in lost_status.find_likely_cause()
         check_now()
         assert (await tasks[0]).source == "lost"
@@ -77,7 +77,7 @@ async def test_what_had_the_kernel_reap_is_found_behind_ours(
 
 
 def test_harmless_handler_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libuv's, which asks for its own children only."""
+    """The handler of libuv reaps its own children only."""
     action = "ours, and behind it a handler in /x/site-packages/uvloop/loop.so"
     monkeypatch.setattr(syscalls, "describe_sigchld", lambda: action)
     assert "another thread" in lost_status.find_likely_cause()

@@ -1,4 +1,4 @@
-"""A status that somebody else has taken: recovered where the kernel publishes it, lost at once where it does not."""
+"""A status that another waitpid() took: it is recovered if the kernel reports it, otherwise it is lost at once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def main():
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     for _ in range(10):
         await asyncio.sleep(0)
-    assert not reported.done() and child.result is None  # nobody has reaped it, so nobody can know
+    assert not reported.done() and child.result is None  # it is not reaped yet, so its status is unknown
     os.waitpid(pid, 0)
     status = await asyncio.wait_for(reported, 10)
     print(status.returncode, status.source)
@@ -84,7 +84,7 @@ def test_older_kernel_loses_a_status_that_others_took_at_once_and_warns(
 
 
 def test_status_that_is_not_published_yet_is_waited_for(loop_factory: LoopFactory, backend: str) -> None:
-    """The instant between a reap and its publication, in slow motion: waitid says ECHILD, the kernel says nothing yet."""
+    """The instant between a reap and its report, extended: waitid() fails with ECHILD, the kernel reports nothing."""
     if backend != "pidfd" or not can_recover_exit():
         pytest.skip("there is nothing to wait for here")
     output = python_under_filter(f"waitid_pidfd={errno.ECHILD}", on_loop(_WITHOUT_WAITID, loop_factory))
@@ -93,7 +93,7 @@ def test_status_that_is_not_published_yet_is_waited_for(loop_factory: LoopFactor
 
 @pytest.mark.parametrize(("early", "result"), [(0, 1), (1, 1), (100, -errno.ESRCH)])
 def test_status_that_the_kernel_is_about_to_publish_is_asked_for_again(early: int, result: int) -> None:
-    """ESRCH may mean an older kernel, or that the process was reaped while the kernel looked: once more tells them apart."""
+    """ESRCH means an older kernel, or a reap during the call. A second call distinguishes them."""
     if BACKENDS[0] != "pidfd" or not can_recover_exit():
         pytest.skip("there is nothing to recover here")
     library = ctypes.CDLL(str(compile_c("early.c", "-shared", "-fPIC")))
@@ -129,7 +129,7 @@ async def test_stranger_s_status_is_reported_when_its_zombie_is_reaped(
 
 
 async def test_child_that_others_reaped_can_be_observed_until_it_is_reported(assert_reported: CheckReported) -> None:
-    """Its number is nobody's yet."""
+    """Its pid is not used again yet."""
     reported: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
     with one_held() as child:
         waiting = await watched(child.pid)
@@ -140,7 +140,7 @@ async def test_child_that_others_reaped_can_be_observed_until_it_is_reported(ass
 
 
 async def test_traced_child_is_reported_when_the_tracer_ends() -> None:
-    """Its pidfd is readable and there is nothing to reap: that neither blocks the loop nor keeps it busy."""
+    """Its pidfd is readable, but it cannot be reaped. The loop neither blocks nor spins."""
     with one_held() as child, traced(child.pid) as tracer:
         waiting = await watched(child.pid)
         child.end(14)
@@ -149,7 +149,7 @@ async def test_traced_child_is_reported_when_the_tracer_ends() -> None:
         await drain()
         poll = select.poll()
         poll.register(registry_of(asyncio.get_running_loop())._reaper.fd, select.POLLIN)
-        assert poll.poll(0) == []  # or the loop would look again at once, and again
+        assert poll.poll(0) == []  # otherwise the loop would spin
         assert not waiting.done()
         tracer.let_go()
         status = await waiting

@@ -1,4 +1,4 @@
-"""Another process has the pid of a child that somebody else has reaped: neither signals nor statuses are mixed up."""
+"""Another process has the pid of a child that another waitpid() reaped: signals and statuses are not mixed up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["other_reaper", "quick_checks", "recycle"]  # fixtures
 async def test_signal_does_not_reach_the_next_process_of_that_number(
     backend: str, caplog: pytest.LogCaptureFixture, recycle: Callable[[int], int]
 ) -> None:
-    """Neither before the loop has heard of the end, nor after."""
+    """Neither before the exit is reported, nor after."""
     if backend != "pidfd":
         pytest.skip("by pid the two cannot be told apart")
     child = await afork(signal.pause, pdeathsig=signal.SIGKILL)

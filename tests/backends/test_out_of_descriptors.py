@@ -1,4 +1,4 @@
-"""Children that are watched, and forked, while there are no descriptors left."""
+"""Out of descriptors: children are watched and forked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["quick_checks"]  # fixtures
 
 @contextlib.contextmanager
 def descriptors_left(count: int) -> Iterator[int]:
-    """Lower RLIMIT_NOFILE so that exactly `count` more descriptors can be opened; give the soft limit."""
+    """Lower RLIMIT_NOFILE so that exactly `count` more descriptors can be opened. Yield the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = [os.dup(0) for _ in range(count + 1)]
     for fd in free:
@@ -103,7 +103,7 @@ async def test_afork_without_descriptors_fails_before_the_fork(left: int, monkey
 
 
 async def test_afork_with_the_last_descriptors_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for the gate, none for a pidfd."""
+    """Enough for the start gate, none for a pidfd."""
     monkeypatch.setenv("AIOPIDFD_BACKEND", "auto")
     registry_of(asyncio.get_running_loop())
     with descriptors_left(2):
@@ -112,13 +112,13 @@ async def test_afork_with_the_last_descriptors_works(monkeypatch: pytest.MonkeyP
 
 
 async def test_subprocess_without_a_descriptor_for_its_pidfd_is_watched() -> None:
-    """On whatever loop, by way of our own subprocess_exec."""
+    """On any loop, by our subprocess_exec."""
     watcher = PidfdWatcher()
     watcher.attach_loop(asyncio.get_running_loop())
     registry_of(asyncio.get_running_loop())
     try:
         with open(os.devnull, "r+b") as null:
-            for left in range(12):  # somewhere in here there is enough to start it, and not enough for more
+            for left in range(12):  # some of these are enough to start it, but not for its pidfd
                 with descriptors_left(left):
                     try:
                         process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""Where pidfds are forbidden: which backend follows, what is said of it, and that everything works."""
+"""Where pidfds are forbidden: the backend, what is logged, and that everything works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CORE = [
     *("fork/test_fork.py", "fork/test_process.py", "fork/test_child.py"),
 ]
 
-# The rest of the suite runs under one filter; a second one on top of it would test nothing more.
+# If the suite runs under a filter already, a second filter tests nothing else.
 pytestmark = pytest.mark.skipif(NESTED in os.environ, reason="runs under a filter already")
 needs_pidfds = pytest.mark.skipif(probe_pidfd() is not None, reason="pidfds are forbidden here")
 
@@ -53,7 +53,7 @@ def spawn(code):
     return pid, write
 """
 
-# Watches two children, one after the other; prints their statuses and what was logged.
+# Watches two children, one after the other. Prints their statuses and the log.
 WATCH = """
 async def main():
     for code in (3, 4):
@@ -76,7 +76,7 @@ asyncio.run(main())
 def test_core_of_the_suite_passes_without_pidfds(answer: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, "PYTEST_ADDOPTS")}
     tests = Path(__file__).parents[1]
-    # No watchdog, which is a thread: afork warns of threads. The time is limited here.
+    # No watchdog: it is a thread, and afork warns of threads. The call has a timeout.
     options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
     command = [sys.executable, "-m", "pytest", *options, *(f"{tests.name}/{name}" for name in CORE)]
     result = under_filter(NO_PIDFDS[answer], command, env=environment, cwd=tests.parent, timeout=540)
@@ -115,7 +115,7 @@ asyncio.run(main())
 
 
 def test_clone3_answering_eperm_is_survived_where_nothing_else_needs_it() -> None:
-    """glibc's posix_spawn and threads do need it, so that this cannot be the filter of the whole suite."""
+    """glibc needs it for posix_spawn and threads, so this cannot be the filter of the whole suite."""
     program = """
 async def main():
     child = await afork(lambda: 5)
@@ -209,7 +209,7 @@ async def test_nonsense_in_the_environment_is_refused_by_wait(monkeypatch: pytes
     ["pidfd_open=EPERM", "waitid_pidfd=ENOSYS", "waitid_pidfd=EINVAL", NO_PIDFDS["EPERM"]],
 )
 def test_filter_that_is_installed_later_loses_no_child(rules: str) -> None:
-    """A process that sandboxes itself: children before the filter are on pidfds, those after it on SIGCHLD."""
+    """A process sandboxes itself. Children from before are watched by pidfd, later ones by SIGCHLD."""
     program = f"""
 async def main():
     early = [spawn(code) for code in (1, 2)]

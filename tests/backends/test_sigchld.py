@@ -46,7 +46,7 @@ async def test_child_that_was_dead_before_it_was_watched_is_reported_without_a_c
 
 
 async def test_zombie_that_was_left_and_then_is_to_be_reaped_is_reported_without_a_check(no_checks: None) -> None:
-    """The first observer leaves the zombie; the second one, which comes before the first is told, does not."""
+    """The first observer leaves the zombie. The second one, added before the first is notified, reaps it."""
     registry, reported = registry_of(asyncio.get_running_loop()), asyncio.get_running_loop().create_future()
     with one_held() as child:
         child.end_unreaped(3)
@@ -110,11 +110,11 @@ def test_two_loops_in_threads_share_the_handler(loop_factory: LoopFactory, no_ch
     assert describe_sigchld() == "SIG_DFL"
 
 
-# Checks that cannot be made
+# Checks that fail
 
 
 async def test_checks_go_on_while_there_are_no_descriptors() -> None:
-    """To look at a stranger takes one."""
+    """To read the state of a stranger takes a descriptor."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with one_held() as one, Stranger() as stranger:
         waiting = await watch_one(one)
@@ -122,8 +122,8 @@ async def test_checks_go_on_while_there_are_no_descriptors() -> None:
         await asyncio.sleep(0)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
-            await asyncio.sleep(FOUND_BY_CHECK_S)  # a check, at least
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that only another one can find it
+            await asyncio.sleep(FOUND_BY_CHECK_S)  # at least one check
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that only another check can find it
             one.end(3)
             status = await asyncio.wait_for(waiting, FOUND_BY_CHECK_S)
         finally:
@@ -137,7 +137,7 @@ async def test_checks_go_on_while_there_are_no_descriptors() -> None:
 
 
 def test_interrupt_of_a_check_ends_no_checks(loop_factory: LoopFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KeyboardInterrupt leaves run_forever; when the loop runs again, so do the checks."""
+    """KeyboardInterrupt leaves run_forever(). When the loop runs again, the checks continue."""
     check = sigchld_backend.SigchldBackend.check
 
     def interrupted(self: sigchld_backend.SigchldBackend) -> None:
@@ -162,7 +162,7 @@ def test_interrupt_of_a_check_ends_no_checks(loop_factory: LoopFactory, monkeypa
 # Forked children
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # uvloop has a worker of io_uring's now and then
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # uvloop has a worker of io_uring sometimes
 async def test_forked_child_has_the_handler_from_before_and_does_not_wake_its_parent(no_checks: None) -> None:
     loop = asyncio.get_running_loop()
     with one_held() as child:
@@ -178,7 +178,7 @@ async def test_forked_child_has_the_handler_from_before_and_does_not_wake_its_pa
                 grandchild = os.fork()
                 if grandchild == 0:
                     os._exit(0)
-                os.waitpid(grandchild, 0)  # it has sent this child a SIGCHLD
+                os.waitpid(grandchild, 0)  # its exit has sent this child a SIGCHLD
                 os.write(done_write, describe_sigchld().encode())
                 os.close(go_write)
                 os.read(go_read, 1)
@@ -197,7 +197,7 @@ async def test_forked_child_has_the_handler_from_before_and_does_not_wake_its_pa
 
 
 async def test_aforked_child_watches_children_of_its_own() -> None:
-    """The handler, and what it is told, are its own: the parent's are left behind."""
+    """The child has a handler and a list of names of its own, not those of its parent."""
 
     def live() -> int:
         if describe_sigchld() != "SIG_DFL":

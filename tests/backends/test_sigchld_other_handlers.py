@@ -1,4 +1,4 @@
-"""The SIGCHLD handler beside others: those of Python and C, of uvloop, and of asyncio's child watchers."""
+"""Our SIGCHLD handler beside others: of Python and C, of uvloop, and of asyncio's child watchers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_python_handler_that_replaced_ours_is_called_and_delays_by_one_che
         one.end(1)
         await noted.called.wait()
         assert (await asyncio.wait_for(tasks[0], FOUND_BY_CHECK_S)).returncode == 1
-        # The check has put ours back in front, and the other one behind it.
+        # The check has installed our handler again, in front of the other one.
         assert is_in_front()
         noted.called.clear()
         two.end(2)
@@ -68,7 +68,7 @@ async def test_registration_puts_ours_back_in_front(no_checks: None) -> None:
 
 
 def test_python_handler_still_interrupts_system_calls(loop_factory: LoopFactory, no_checks: None) -> None:
-    """It runs when the main thread's blocking call returns; were that restarted, it would not run at all."""
+    """The handler runs when the blocking call of the main thread returns. A restarted call would not return."""
     read, write = os.pipe()
     signal.signal(signal.SIGCHLD, lambda number, frame: os.write(write, b"x"))
     watched = threading.Event()
@@ -107,7 +107,7 @@ async def test_python_handler_is_still_called_for_children_that_stop() -> None:
 
 
 async def test_handler_behind_ours_finds_the_signals_blocked_that_it_has_asked_for(handlers: Any, no_checks: None) -> None:
-    """libuv's deadlocks without: it takes a lock, and the handler of another signal takes it, too."""
+    """Otherwise the handler of libuv deadlocks: it takes a lock, which the handler of another signal takes, too."""
     handlers.install_handler(2)
     calls = handlers.count_calls(2)
     with one_held() as child:
@@ -127,7 +127,7 @@ async def test_handler_that_replaced_ours_and_calls_it_delays_nothing(handlers: 
         one.end(1)
         assert (await waiting).returncode == 1
         assert handlers.count_calls(which) == calls + 1
-        # Ours in front of it, which calls ours: it is called once, and so is nobody for ever.
+        # Our handler calls this one, which calls ours: each is called once, not for ever.
         handlers.install_handler(which)
         waiting = await watch_one(two)
         assert is_in_front()
@@ -143,7 +143,7 @@ async def test_all_handlers_that_call_ours_are_called_in_whatever_order_they_com
 ) -> None:
     with one_held() as child:
         waiting = await watch_one(child)
-        for which in order:  # each replaces ours, and ours comes back in front
+        for which in order:  # each replaces our handler, which is installed again
             handlers.install_handler(which)
             assert syscalls.install_sigchld()
         calls = [handlers.count_calls(which) for which in (0, 1)]
@@ -174,7 +174,7 @@ async def test_handlers_that_replace_ours_over_and_over_cost_no_memory(
 
 
 def resident_kib() -> int:
-    """The memory of this process."""
+    """The resident memory of this process."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize() // 1024
 
@@ -204,9 +204,9 @@ def test_subprocesses_of_plain_uvloop_complete_among_ours() -> None:
             after = await start(13)
             two.end(2)
             assert (await asyncio.wait_for(second, FOUND_BY_CHECK_S)).returncode == 2
-            # Our last child has ended: libuv's handler is its own again, or still.
+            # Our last child has ended: the handler of libuv is installed.
             assert [await end(before), await end(after)] == [11, 13]
-            # And libuv, whose last child has ended, has reset what it thinks is its own.
+            # The last child of libuv has ended, so libuv has reset SIGCHLD.
             third = await watch_one(three)
             last = await start(14)
             assert await end(last) == 14
@@ -251,7 +251,7 @@ def test_subprocesses_of_uvloop_in_one_thread_and_ours_in_another_all_complete(l
 def test_asyncio_watcher_in_another_loop_and_ours_both_see_every_exit(
     loop_factory: LoopFactory, kind: str, order: str
 ) -> None:
-    """asyncio's needs the main thread, for its signal handler; ours is in another."""
+    """asyncio's watcher needs the main thread for its signal handler. Ours runs in another thread."""
     ours_watches, theirs_is_attached, all_watched = threading.Event(), threading.Event(), threading.Event()
     seen: list[int | None] = []
 

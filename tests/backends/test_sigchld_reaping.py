@@ -27,7 +27,7 @@ BACKENDS = ["sigchld"]  # for conftest
 
 async def test_foreign_zombie_in_the_way_is_left_and_ours_are_reaped(no_checks: None) -> None:
     with held(3) as (foreign, one, two):
-        foreign.end_unreaped(9)  # older than ours, so that it is what waitid shows first
+        foreign.end_unreaped(9)  # it is older than ours, so waitid() finds it first
         tasks = await watch(one, two)
         one.end(1)
         assert (await tasks[0]).returncode == 1
@@ -82,7 +82,7 @@ async def test_signal_to_a_child_that_somebody_else_has_reaped_is_not_sent(
     with one_held() as held_child:
         child = PosixChildProcess(held_child.pid)
         held_child.end(0)
-        os.waitpid(child.pid, 0)  # the other_reaper; from now on the pid may be anybody's
+        os.waitpid(child.pid, 0)  # from now on another process may have the pid
         with monkeypatch.context() as patched:
             patched.setattr(os, "kill", lambda *args: killed.append(args))
             child.terminate()
@@ -94,7 +94,7 @@ async def test_signal_to_a_child_that_somebody_else_has_reaped_is_not_sent(
 
 
 def reap_everything() -> int:
-    """Do what gunicorn's SIGCHLD handler does; return how many were there."""
+    """Reap all children, as the SIGCHLD handler of gunicorn does. Return how many there were."""
     count = 0
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0] != 0:
@@ -115,7 +115,7 @@ async def test_status_that_a_reaping_handler_takes_is_lost_at_once(no_checks: No
         waiting = await watch_one(one)
         if order == "after":
             signal.signal(signal.SIGCHLD, reap_first)
-            await watch_one(two)  # each registration puts ours back in front
+            await watch_one(two)  # each registration installs our handler again
         one.end(3)
         assert os.read(read, 1) == b"x"  # reaped, before the loop has run
         status = await asyncio.wait_for(waiting, 10)
@@ -145,7 +145,7 @@ def ignore_in_python(handlers: Any) -> None:
 
 
 def discard_in_c(handlers: Any) -> None:
-    """As a C program may: what SA_SIGINFO means with SIG_DFL is nothing."""
+    """As a C program may do. SA_SIGINFO has no meaning with SIG_DFL."""
     assert handlers.set_default(0x2 | 0x4) == 0  # SA_NOCLDWAIT, SA_SIGINFO
 
 

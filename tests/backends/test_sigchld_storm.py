@@ -1,4 +1,4 @@
-"""Signals that no exit has sent, in any number: the SIGCHLD handler pauses and no child is lost."""
+"""A storm of signals without exits: the SIGCHLD handler pauses, and no child is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["handlers", "no_checks", "sigchld_at_default"]  # fixtures
 
 BACKENDS = ["sigchld"]  # for conftest
 
-# More than the handler bears between two checks.
+# More signals than the handler accepts between two checks.
 STORM = 1001
 
 
@@ -44,7 +44,7 @@ BEFORE = pytest.mark.parametrize("set_up", [lambda _: None, ignore, discard, han
 
 
 def storm() -> None:
-    """Send more signals than the handler bears."""
+    """Send more signals than the handler accepts."""
     for _ in range(STORM):
         os.kill(os.getpid(), signal.SIGCHLD)
 
@@ -127,7 +127,7 @@ def test_child_that_outlives_its_loop_in_a_pause_is_reaped(loop_factory: LoopFac
     with one_held() as child:
         run_on(loop_factory, main(child))
         child.end(0)
-        while child.pid in children():  # nobody but the handler is there to reap it
+        while child.pid in children():  # only the handler can reap it
             pass
     sigchld_backend.settle_abandoned()
     assert describe_sigchld() == "SIG_DFL"

@@ -1,4 +1,4 @@
-"""Many loops and threads, others that start children beside us, and the end of the interpreter."""
+"""Many loops and threads, subprocesses of the loop itself, and the exit of the interpreter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_many_loops_in_many_threads_watch_and_fork_at_once(loop_factory: LoopFac
 
 
 def test_reap_by_others_after_the_loop_was_closed_harms_nobody(loop_factory: LoopFactory) -> None:
-    """The handler that we leave behind to reap the child finds it gone; the next loop works."""
+    """Our handler, which reaps the child of a closed loop, finds it reaped. The next loop works."""
 
     async def begin(pid: int) -> None:
         PidfdWatcher().add_child_handler(pid, print)
@@ -59,7 +59,7 @@ def test_reap_by_others_after_the_loop_was_closed_harms_nobody(loop_factory: Loo
     with held(2) as (one, two):
         run_on(loop_factory, begin(one.pid))
         one.end(0)
-        with contextlib.suppress(ChildProcessError):  # whoever is faster
+        with contextlib.suppress(ChildProcessError):  # our handler may be first
             os.waitpid(one.pid, 0)
         assert run_on(loop_factory, finish(two)) == 17
 
@@ -73,7 +73,7 @@ _EXITS = {
 
 @pytest.mark.parametrize("end", _EXITS.values(), ids=_EXITS.keys())
 def test_exit_of_the_interpreter_with_children_alive_is_silent(end: str, loop_factory: LoopFactory, backend: str) -> None:
-    """The children outlive it: they wait for an end of file that its death brings."""
+    """The children outlive it. They exit at the end of file that its exit causes."""
     program = on_loop(
         f"""
 import asyncio, os, sys
@@ -105,7 +105,7 @@ LOOP
 
 
 async def test_loop_s_own_subprocesses_beside_watched_children() -> None:
-    """On uvloop, libuv's: its SIGCHLD handler comes and goes with them."""
+    """On uvloop, libuv installs and removes its SIGCHLD handler with each of them."""
     with held(3) as all_of_them:
         for number, child in enumerate(all_of_them):
             waiting = await watched(child.pid)
