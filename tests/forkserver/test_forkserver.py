@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ import pytest
 import aiopidfd
 from aiopidfd import ChildStartError, ForkServer, PidfdChildProcess
 from aiopidfd._fork import afork
-from aiopidfd._forkserver import request
 
 from ..conftest import children
 from ..fork.test_child import bit
@@ -27,8 +25,6 @@ from ..helpers.workers import (
     exit_with,
     fork_server,
     interrupt,
-    kill_server,
-    others,
     raise_value_error,
     say_ready_after_read,
     wait_for_signal,
@@ -344,126 +340,3 @@ async def test_passed_descriptors_keep_their_numbers_whatever_those_are_in_the_s
         assert await (await server.afork(check_numbers, expected, pass_fds=fds[::-1])).wait() == 1
         for fd in fds:
             os.close(fd)
-
-
-async def test_worker_is_forked_before_anybody_asks_for_it(pidfds: None) -> None:
-    async with ForkServer() as server:
-        assert server._link is not None
-        for code in range(3):
-            ahead = await server._link.prefork().outcome
-            assert isinstance(ahead, PidfdChildProcess)
-            worker = await server.afork(exit_with, code)
-            assert worker is ahead
-            assert await worker.wait() == code
-
-
-async def test_worker_is_not_disturbed_by_what_came_before_its_order(pidfds: None) -> None:
-    """As a Ctrl-C at the terminal does, which goes to all of its processes."""
-    async with ForkServer() as server:
-        assert server._link is not None
-        ahead = await server._link.prefork().outcome
-        assert isinstance(ahead, PidfdChildProcess)
-        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
-            os.kill(ahead.pid, sig)
-        worker = await server.afork(exit_with, 5)
-        assert worker is ahead
-        assert await worker.wait() == 5
-
-
-async def test_worker_that_was_killed_before_its_order_is_replaced(pidfds: None) -> None:
-    async with ForkServer() as server:
-        assert server._link is not None
-        ahead = await server._link.prefork().outcome
-        assert isinstance(ahead, PidfdChildProcess)
-        os.kill(ahead.pid, signal.SIGKILL)
-        await ahead.wait()
-        worker = await server.afork(exit_with, 6)
-        assert worker is not ahead
-        assert await worker.wait() == 6
-
-
-async def test_worker_that_is_being_killed_before_its_order_is_replaced(pidfds: None) -> None:
-    """Its gate is heard before its end is."""
-    async with ForkServer() as server:
-        assert server._link is not None
-        spare = server._link.prefork()
-        ahead = await spare.outcome
-        assert isinstance(ahead, PidfdChildProcess)
-        os.kill(ahead.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while not spare.ready.done():
-            assert time.monotonic() < deadline
-            spare.on_readable()
-        assert ahead.returncode is None
-        worker = await server.afork(exit_with, 7)
-        assert worker is not ahead
-        assert await worker.wait() == 7
-        await ahead.wait()
-
-
-async def test_worker_without_an_order_ends_with_its_server(pidfds: None) -> None:
-    async with ForkServer() as server:
-        before = await others(server) - {server.pid}
-        await kill_server(server)
-    assert children() == before
-
-
-async def test_many_requests_at_once() -> None:
-    async with fork_server() as server:
-        codes = [number % 256 for number in range(200)]
-        made = await asyncio.gather(*[server.afork(exit_with, code) for code in codes])
-        assert [await child.wait() for child in made] == codes
-        assert len({child.pid for child in made}) == 200
-
-
-async def test_cancellation_ends_and_reaps_the_worker() -> None:
-    read, write = os.pipe()
-    async with fork_server() as server:
-        before = await others(server)
-        starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
-        while await others(server) == before:
-            await asyncio.sleep(0)
-        starting.cancel()
-        await asyncio.sleep(0)
-        starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
-        assert await others(server) == before
-    os.close(read)
-    os.close(write)
-
-
-async def test_cancellation_at_any_moment_leaves_nothing(pidfds: None) -> None:
-    async with ForkServer() as server:
-        before = await others(server)
-        for rounds in range(60):
-            starting = asyncio.ensure_future(server.afork(wait_for_signal))
-            for _ in range(rounds % 6):
-                await asyncio.sleep(0)
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await (await starting).stop()
-        assert await others(server) == before
-
-
-async def test_timeout_around_afork() -> None:
-    async with fork_server() as server:
-        before = await others(server)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(server.afork(wait_for_signal, ready="manual"), 0.05)
-        assert await others(server) == before
-
-
-async def test_cancellation_while_the_server_is_stopped_does_not_hang(pidfds: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request, "REPLY_TIMEOUT_S", 0.05)
-    async with ForkServer() as server:
-        before = await others(server)
-        assert server.pid is not None
-        os.kill(server.pid, signal.SIGSTOP)
-        assert await (await server.afork(exit_with, 2)).wait() == 2  # by the worker that is there already
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(server.afork(wait_for_signal), 0.05)
-        os.kill(server.pid, signal.SIGCONT)
-        assert await (await server.afork(exit_with, 3)).wait() == 3  # and the other one was made before it
-        while await others(server) != before:
-            await asyncio.sleep(0.01)
