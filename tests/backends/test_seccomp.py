@@ -168,7 +168,7 @@ def test_sigchld_can_be_chosen_where_pidfds_work(
 
     run_on(loop_factory, main())
     (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
-    because = f"{ENVIRONMENT} says so" if by == "environment" else "backend='sigchld' says so"
+    because = f"{ENVIRONMENT} is set" if by == "environment" else "backend='sigchld' was passed"
     assert record.getMessage() == f"watching children by sigchld: {because}"
 
 

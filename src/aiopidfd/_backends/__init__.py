@@ -1,4 +1,4 @@
-"""How the end of a process is noticed: by pidfd, or by SIGCHLD where pidfds are forbidden or descriptors are short.
+"""How the exit of a process is noticed: by pidfd, or by SIGCHLD where pidfds are forbidden or no descriptor is left.
 
-It knows pids and descriptors only: no loop, no callback, and nobody who waits.
+This wing knows pids and descriptors only: no loop, no callback, no observer.
 """

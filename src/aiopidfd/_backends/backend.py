@@ -1,4 +1,4 @@
-"""The contract between a loop's registry and the mechanism that watches a child; which mechanism that is."""
+"""The interface between a loop's registry and what watches its children, and the choice between the two backends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ ENVIRONMENT = "AIOPIDFD_BACKEND"
 
 
 class Backend(ABC):
-    """One loop's way to watch children. It knows pids and flags, not observers.
+    """Watches the children of one loop. It knows pids and flags, not observers.
 
-    Every method is called under its registry's lock. What was added is reported by the loop's reaper once, or removed.
+    Every method is called under the lock of the registry. The reaper of the loop reports each added child once, unless it is
+    removed first.
     """
 
     __slots__ = ()
@@ -30,31 +31,31 @@ class Backend(ABC):
 
     @abstractmethod
     def add(self, pid: int, flags: int) -> int:
-        """Watch `pid` (flags: ADD_* of syscalls); return its pidfd, or -1 if this backend has none.
+        """Watch `pid`. Return its pidfd, or -1 if this backend uses none. `flags` are ADD_* of reaper.py.
 
-        Raises OSError: ESRCH, there is no such process. ECHILD, it is not our child and ADD_CHECK_CHILD was given.
+        Raises OSError: ESRCH, there is no such process. ECHILD, it is not a child of this one and ADD_CHECK_CHILD was given.
         EMFILE, ENFILE: out of descriptors. ENOSYS, EPERM, EACCES, EINVAL: this backend cannot work here.
         """
 
     @abstractmethod
     def adopt(self, pid: int, pidfd: int, flags: int) -> int:
-        """Watch `pid`, of which a pidfd is open, ours if this succeeds; return it, or -1. Raises as `add`."""
+        """Watch `pid` by an open pidfd, which the backend owns if this succeeds. Return it, or -1. Raises as `add`."""
 
     @abstractmethod
     def modify(self, pid: int, pidfd: int, flags: int) -> None:
-        """Change the flags of a watched child; if it has ended already it is reported according to the new ones."""
+        """Change the flags of a watched child. They also apply if it has ended and is not reported yet."""
 
     @abstractmethod
     def remove(self, pid: int, pidfd: int) -> None:
-        """Watch `pid` no longer, and close its pidfd."""
+        """Stop watching `pid`, and close its pidfd."""
 
     def is_recycled(self, pid: int, pidfd: int) -> bool:
-        """Return whether somebody else has reaped a watched child and `pid` is another process's, if that can be known."""
+        """Return whether `pid` belongs to another process than the watched one. False if that cannot be known."""
         return False
 
     @abstractmethod
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
-        """Signal a watched child and nobody else. ESRCH: it has been reaped."""
+        """Signal a watched child, and no other process. ESRCH: the child has been reaped."""
 
     @abstractmethod
     def signal_group(self, pid: int, pidfd: int, pgid: int, signal: int) -> None:
@@ -62,32 +63,30 @@ class Backend(ABC):
 
 
 def check_choice(choice: object, where: str = "backend") -> Choice:
-    """Return `choice` if it is one. ValueError if not."""
+    """Return `choice` if it is the name of a backend, or "auto". ValueError if not."""
     if choice == "auto" or choice == "pidfd" or choice == "sigchld":  # noqa: PLR1714 - so that mypy sees the literals
         return choice
     raise ValueError(f"{where} must be 'auto', 'pidfd' or 'sigchld', not {choice!r}")
 
 
 def probe_pidfd() -> OSError | None:
-    """Try on this process whether children can be watched by pidfd; return None, or why not.
+    """Try with a pidfd of this process whether children can be watched by pidfd. Return None, or the error.
 
     ENOSYS, EPERM, EACCES from pidfd_open or waitid: an old kernel, or a filter. EINVAL from waitid: Linux 5.3.
     """
     try:
         pidfd = syscalls.open_pidfd(os.getpid())
     except OSError as exc:
-        # Short of descriptors says nothing about the kernel; each child will try again.
+        # EMFILE, ENFILE: nothing is known about the kernel. Each child is tried again.
         return None if exc.errno in syscalls.OUT_OF_DESCRIPTORS else exc
     try:
         _try_signal(pidfd)
         syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:  # we are not our own child: it works
+    except ChildProcessError:  # this process is not its own child: the call works
         pass
     except OSError as exc:
         if exc.errno == errno.EINVAL:
-            return OSError(
-                exc.errno, "waitid(P_PIDFD): pidfds are not available here (Linux before 5.4 cannot wait by them)"
-            )
+            return OSError(exc.errno, "waitid(P_PIDFD): pidfds are not available here (waiting by pidfd needs Linux 5.4)")
         return exc
     finally:
         os.close(pidfd)
@@ -95,7 +94,7 @@ def probe_pidfd() -> OSError | None:
 
 
 def _try_signal(pidfd: int) -> None:
-    """Signal this very process; if that fails it is the kernel's fault, or a filter's."""
+    """Send signal 0 to this process. If that fails, the kernel is too old or a filter forbids the call."""
     try:
         syscalls.send_signal(pidfd, 0)
     except OSError as exc:
@@ -103,15 +102,15 @@ def _try_signal(pidfd: int) -> None:
 
 
 def environment() -> Choice:
-    """Return what the environment says. ValueError: nothing that can be chosen."""
+    """Return the backend that the environment variable names, or "auto". ValueError: it names no backend."""
     return check_choice(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 def decide() -> tuple[BackendName, str]:
-    """Return the backend that the environment asks for, or else the one that works here, and why."""
+    """Return the backend that the environment asks for, or the one that works here, and the reason."""
     wanted = environment()
     if wanted != "auto":
-        return wanted, f"{ENVIRONMENT} says so"
+        return wanted, f"{ENVIRONMENT} is set"
     obstacle = probe_pidfd()
     if obstacle is None:
         return "pidfd", "processes can be opened, waited for and signalled by pidfd"
@@ -119,21 +118,21 @@ def decide() -> tuple[BackendName, str]:
 
 
 class Decision:
-    """What "auto" means in this process: decided at first use, and again when a call fails in a way that may change it."""
+    """The meaning of "auto" in this process: decided at first use, and again after errors that may change it."""
 
     def __init__(self) -> None:
         self.name: BackendName | None = None
         self.logged: set[BackendName] = set()
 
     def make(self) -> BackendName:
-        """Decide, and log it."""
+        """Decide, log the decision, and return it."""
         require(environment())
         self.name, reason = decide()
         self.log(self.name, reason)
         return self.name
 
     def log(self, name: BackendName, reason: str) -> None:
-        """Log, once for each backend, that it is used, and why."""
+        """Log that a backend is used, and why. Once for each backend."""
         if name not in self.logged:
             self.logged.add(name)
             logger.info("watching children by %s: %s", name, reason)
@@ -143,16 +142,16 @@ decision = Decision()
 
 
 def choose(choice: Choice) -> BackendName:
-    """Return the backend to try first for a child. OSError: the environment insists on pidfds, and they are forbidden."""
+    """Return the backend to try first for a child. OSError: the environment demands pidfds, and they are forbidden."""
     if choice == "auto":
         return decision.name or decision.make()
     if choice not in decision.logged:
-        decision.log(choice, f"backend={choice!r} says so")
+        decision.log(choice, f"backend={choice!r} was passed")
     return choice
 
 
 def require(choice: Choice) -> None:
-    """Raise OSError if `choice`, or for "auto" the environment, insists on pidfds and they are forbidden here."""
+    """Raise OSError if `choice` (or, for "auto", the environment) demands pidfds and they are forbidden here."""
     if (environment() if choice == "auto" else choice) == "pidfd":
         obstacle = probe_pidfd()
         if obstacle is not None:
@@ -160,5 +159,5 @@ def require(choice: Choice) -> None:
 
 
 def is_forbidden(exc: OSError) -> bool:
-    """Return whether `exc`, from watching a child by pidfd, means that pidfds are forbidden here from now on."""
+    """Return whether an error from watching a child by pidfd means that pidfds are forbidden from now on."""
     return (exc.errno in syscalls.FORBIDDEN or exc.errno == errno.EINVAL) and decision.make() == "sigchld"

@@ -1,4 +1,4 @@
-"""What this kernel, this sandbox and this process allow, found out by trying: `features()`."""
+"""`features()`: what this kernel, this sandbox and this process allow. Each system call is tried."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ YES: Final = "yes"
 
 SpawnName = Literal["clone", "Popen"]
 
-# A descriptor number that is never open: a call that is there answers EBADF, one that is not there something else.
+# A descriptor number that is never open. A system call that exists fails with EBADF.
 _NO_DESCRIPTOR: Final = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
 class Features:
-    """What can be used here; each system call as "yes" or the name of the errno that it answers.
+    """What can be used here. The value of a system call is "yes", or the name of the errno with which it fails.
 
     Attributes:
-        kernel: the kernel's release, for people to read: nothing is decided by it.
+        kernel: the kernel's release, for people to read. aiopidfd decides nothing by it.
         pidfd_open: whether a process can be watched by pidfd (Linux 5.3).
         waitid_pidfd: whether a child can be reaped by pidfd (Linux 5.4; EINVAL before).
         pidfd_send_signal: whether a process can be signalled by pidfd (Linux 5.1).
-        clone_pidfd: whether a program can be started with a pidfd from its birth (Linux 5.2).
-        recover_exit: whether a status that somebody else has reaped can still be had (Linux 6.15). If not, the errno of
-            PIDFD_GET_INFO, or "no" where it is there but does not tell of exits (6.13, 6.14).
+        clone_pidfd: whether clone(2) can return a pidfd of the program that it starts (Linux 5.2).
+        recover_exit: whether the status of a child that another waitpid() reaped first can be read (Linux 6.15). If not, the
+            errno of PIDFD_GET_INFO, or "no" where that exists without the exit status (6.13, 6.14).
         sigchld: what SIGCHLD is set to in this process: "SIG_DFL", "SIG_IGN" (then the kernel reaps every child at once),
             "ours", or whose handler it is.
-        proc: "yes", or why /proc does not tell of every process: it cannot be read, is that of another PID namespace, or
-            hides other users' processes. Where there are no pidfds either, `wait()` then notices the end of a process that
-            is no child of ours when its parent has reaped it, and not if its number is another process's by then.
+        proc: "yes", or why /proc does not show every process: it cannot be read, belongs to another PID namespace, or hides
+            the processes of other users. Without pidfds `wait()` then notices the exit of a process that is not a child of
+            this one when its parent has reaped it, and not at all if its pid belongs to another process by then.
         nofile: how many descriptors this process may have open (RLIMIT_NOFILE, soft limit); each watched child takes one.
-        nofile_max: what that limit can be raised to (hard limit).
-        backend: how the ends of children are learnt of here, which follows from pidfd_open and waitid_pidfd.
-        reason: why, in words.
+        nofile_max: the value to which that limit can be raised (hard limit).
+        backend: how children are watched here. It follows from pidfd_open and waitid_pidfd.
+        reason: why, as a sentence.
         spawn: how programs are started: by clone(2) in C, or by subprocess.Popen.
     """
 
@@ -61,9 +61,9 @@ class Features:
 
 
 def features() -> Features:
-    """Return what the kernel, its seccomp filter and this process allow at this moment, each call tried once.
+    """Try each system call once, and return what the kernel, a seccomp filter and this process allow now.
 
-    It leaves nothing behind. The dearest part is a clone(2) that copies no memory.
+    Nothing is left behind. The slowest part is one clone(2) that copies no memory.
     """
     tried = _try_calls()
     backend, reason = decide()
@@ -88,7 +88,7 @@ def features() -> Features:
 
 
 class _Tried(NamedTuple):
-    """What was tried: the error, or None if the call is there and does what it should."""
+    """The error of each call; None if it works."""
 
     pidfd_open: OSError | None
     waitid_pidfd: OSError | None
@@ -97,7 +97,7 @@ class _Tried(NamedTuple):
 
 
 def _try_calls() -> _Tried:
-    """Try each call on a pidfd of this very process; on no descriptor at all where it cannot be had."""
+    """Try each call on a pidfd of this process; on a closed descriptor if there is no pidfd."""
     pidfd = _NO_DESCRIPTOR
     opened: OSError | None = None
     try:
@@ -107,7 +107,7 @@ def _try_calls() -> _Tried:
     try:
         return _Tried(
             opened,
-            # ECHILD: nobody is a child of its own, and to find that out the kernel has looked at the pidfd.
+            # ECHILD: the kernel has read the pidfd, and no process is a child of itself.
             _try(lambda: syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG), errno.ECHILD),
             _try(lambda: syscalls.send_signal(pidfd, 0)),
             _try(lambda: syscalls.get_exit(pidfd)),
@@ -118,11 +118,11 @@ def _try_calls() -> _Tried:
 
 
 def _try(call: Callable[[], object], *works: int) -> OSError | None:
-    """Return the error with which `call` fails, but None for one of `works`, which shows that the call is there."""
+    """Return the error of `call`. None if it succeeds, or fails with one of the errnos `works`, which show that it works."""
     try:
         call()
     except OSError as exc:
-        # EBADF: there is no pidfd to try with, and the call is there to say so.
+        # EBADF: there is no pidfd to try with, but the call exists.
         return None if exc.errno in (*works, errno.EBADF) else exc
     return None
 

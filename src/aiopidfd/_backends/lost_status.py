@@ -1,9 +1,9 @@
-"""Who has probably reaped a child before us: looked up when a status is lost, for the warning that says so.
+"""Lost status: another waitpid() reaped the child first. The warning about it names the likely cause.
 
-Facts that this rests on:
+Facts that this module rests on:
 
 * SIGCHLD ignored, or handled with SA_NOCLDWAIT: the kernel reaps a child as it ends. See sigaction(2).
-* libuv's handler (uvloop's) asks for its own children only, each by pid (uv__wait_children, libuv 1.x): it is harmless.
+* The SIGCHLD handler of libuv (uvloop) waits for its own children only, each by pid (uv__wait_children, libuv 1.x).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from .._kernel.exit_status import LOST_RETURNCODE
 from . import sigchld_backend
 from .backend import logger
 
-_UNKNOWN_CAUSE = "another thread or library of this process that calls wait(), or a second watcher"
+_UNKNOWN_CAUSE = "another thread or library of this process calls wait(), or there is a second child watcher"
 
 
 def warn_lost(pid: int) -> None:
-    """Log that the status of a child was taken by somebody else, and by whom."""
+    """Log that the status of a child is lost, and the likely cause."""
     logger.warning(
-        "child process pid %d: somebody else has reaped it, its exit status is lost; will report returncode %d. Likely: %s",
+        "child process pid %d: another waitpid() reaped it first, its exit status is lost; will report returncode %d. "
+        "Likely cause: %s",
         pid,
         LOST_RETURNCODE,
         find_likely_cause(),
@@ -31,10 +32,10 @@ def warn_lost(pid: int) -> None:
 
 
 def find_likely_cause() -> str:
-    """Say who is likely to have reaped a child of ours: what SIGCHLD is set to, or was a moment ago, or else some thread."""
+    """Return the likely cause of a lost status: what SIGCHLD is set to, or was a moment ago; if nothing, another thread."""
     present, _, behind = syscalls.describe_sigchld().partition(syscalls.BEHIND)
     recent = sigchld_backend.recent_replacement().partition(syscalls.BEHIND)[0]
-    # First whatever has the kernel reap: a handler that is there, too, may be harmless, and this is not.
+    # First what makes the kernel reap children. A handler may be harmless; this never is.
     if why := _why_kernel_reaps(present):
         return f"SIGCHLD is {why}, so that the kernel reaps children itself"
     if why := _why_kernel_reaps(recent):
@@ -46,14 +47,14 @@ def find_likely_cause() -> str:
 
 
 def _why_kernel_reaps(action: str) -> str | None:
-    """Say what of an action has the kernel reap children; None if nothing does."""
+    """Return what makes the kernel reap children in this action of SIGCHLD; None if nothing does."""
     if action.startswith("SIG_IGN"):
         return "ignored"
     return "set with SA_NOCLDWAIT" if syscalls.NOCLDWAIT in action else None
 
 
 def _name_handler(action: str) -> str | None:
-    """Name the handler of an action; None if it has none, or one that is known to be harmless."""
+    """Return the name of the handler in this action; None if there is none, or it is known to be harmless."""
     _, is_handled, library = action.partition(syscalls.NOCLDWAIT)[0].partition("a handler ")
     if not is_handled or "/uvloop/" in library:
         return None
@@ -64,6 +65,6 @@ def _name_handler(action: str) -> str | None:
 
 
 def _is_python(library: str) -> bool:
-    """Return whether `library` ("in PATH") is the interpreter, whose one C handler stands for all those set from Python."""
+    """Return whether `library` ("in PATH") is the interpreter, whose C handler calls all handlers set by Python code."""
     name = os.path.basename(library)
     return name.startswith(("python", "libpython")) or name == os.path.basename(sys.executable)

@@ -1,7 +1,7 @@
-"""Signals for children whose loop was closed: they are not watched any more, but reaped by the SIGCHLD handler.
+"""Signals for orphans: children whose loop is closed. No loop watches them; the SIGCHLD handler reaps them.
 
-No pidfd of theirs is open, so each signal opens one, and makes sure that it is the same process still: a child of ours that
-nobody has reaped, and that has the identity that it had when the loop was closed. Meanwhile the handler leaves it alone.
+An orphan has no open pidfd. So each signal opens one, and makes sure that it is the same process: an unreaped child of this
+process, with the identity that it had when its loop was closed. Meanwhile the handler does not reap it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from .._kernel import syscalls
 from .._kernel.identity import Identity, identify, inode_of, is_forbidden, read_start_time
 from .sigchld_backend import kept_from_handler
 
-# Why a signal was not sent, as what is said of the process.
+# Why a signal was not sent. Messages put the pid before it.
 ENDED = "has ended"
-NOT_OURS = "is not a child of this process, but of the one that this one was forked from"
-UNKNOWN = "may be another one by now: its loop is closed, and neither pidfds (Linux 6.9) nor /proc tell"
+NOT_OURS = "is a child of the process that this one was forked from"
+UNKNOWN = "may be another one by now: its loop is closed, and to know its identity takes pidfds (Linux 6.9) or /proc"
 
 
 class Orphan:
@@ -24,13 +24,13 @@ class Orphan:
     __slots__ = ("_identity",)
 
     def __init__(self, pid: int, pidfd: int) -> None:
-        """Remember who the child is: it has not been reaped, unless by another waitpid(). `pidfd` is open still, or -1."""
+        """Store the identity of the child. `pidfd` is open, or -1."""
         self._identity: Identity = identify(pid, pidfd)
 
     def signal(self, pid: int, pgid: int, signal: int) -> str | None:
-        """Signal the child, or its process group `pgid` if that is not 0; return None, or why nobody was signalled.
+        """Signal the child, or its process group `pgid` if that is not 0. Return None, or why no signal was sent.
 
-        OSError: EMFILE, ENFILE: out of descriptors, so that nothing was sent. EINVAL, EPERM: as kill(2).
+        OSError: EMFILE, ENFILE: out of descriptors, nothing was sent. EINVAL, EPERM: as kill(2).
         """
         if self._identity is None:
             return UNKNOWN
@@ -56,13 +56,13 @@ class Orphan:
         by = (syscalls.P_PID, pid) if pidfd < 0 else (syscalls.P_PIDFD, pidfd)
         try:
             if syscalls.wait_id(*by, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None and not pgid:
-                return ENDED  # a zombie; to its group it still lends its number
+                return ENDED  # a zombie. Its group can still be signalled
             if pgid:
                 os.killpg(pgid, signal)
             elif pidfd >= 0:
                 syscalls.send_signal(pidfd, signal)
             else:
                 os.kill(pid, signal)
-        except (ChildProcessError, ProcessLookupError):  # reaped by somebody else
+        except (ChildProcessError, ProcessLookupError):  # another waitpid() reaped it first
             return ENDED
         return None

@@ -11,7 +11,7 @@ from .backend import Backend
 
 
 class PidfdBackend(Backend):
-    """Watch processes by pidfd: no signal, no thread, one wake-up for many exits."""
+    """Watches processes by pidfd: no signal, no thread, one wake-up for many exits."""
 
     __slots__ = ("_reaper",)
 
@@ -21,11 +21,11 @@ class PidfdBackend(Backend):
         self._reaper = reaper
 
     def add(self, pid: int, flags: int) -> int:
-        """Open a pidfd and hold it."""
+        """Open a pidfd and have the reaper hold it."""
         return self._reaper.add(pid, flags)
 
     def adopt(self, pid: int, pidfd: int, flags: int) -> int:
-        """Hold an open pidfd."""
+        """Have the reaper hold an open pidfd."""
         self._reaper.adopt(pid, pidfd, flags)
         return pidfd
 
@@ -34,28 +34,28 @@ class PidfdBackend(Backend):
         self._reaper.modify(pid, pidfd, flags)
 
     def remove(self, pid: int, pidfd: int) -> None:
-        """Let go of the pidfd and close it."""
+        """Take the pidfd out of the reaper and close it."""
         self._reaper.remove(pidfd)
 
     def is_recycled(self, pid: int, pidfd: int) -> bool:
-        """Ask by pidfd and by pid: gone by the one, and there by the other."""
+        """Return whether the process of the pidfd is gone and another process has the pid."""
         try:
             syscalls.send_signal(pidfd, 0)
         except OSError as exc:
-            if exc.errno != errno.ESRCH:  # EPERM, EACCES, ENOSYS: it runs as another user, or a filter does not let us know
+            if exc.errno != errno.ESRCH:  # EPERM, EACCES, ENOSYS: another user's, or a filter
                 return False
         else:
             return False
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:  # nobody has the number
+        except ProcessLookupError:  # no process has the pid
             return False
-        except PermissionError:  # another user's process has it
+        except PermissionError:  # a process of another user has the pid
             pass
         return True
 
     def send_signal(self, pid: int, pidfd: int, signal: int) -> None:
-        """Signal by pidfd; by pid where a filter that has come since forbids that: not reaped, it is still the child's."""
+        """Signal by pidfd. If a new filter forbids that, signal by pid: until it is reaped, the pid is the child's."""
         try:
             syscalls.send_signal(pidfd, signal)
         except OSError as exc:
@@ -65,10 +65,10 @@ class PidfdBackend(Backend):
                 syscalls.wait_id(syscalls.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 raise syscalls.error(errno.ESRCH, f"kill({pid}, signal {signal})") from exc
-            os.kill(pid, signal)  # EPERM again if it is the child that forbids it, being another user's now
+            os.kill(pid, signal)  # EPERM again if the child runs as another user
 
     def signal_group(self, pid: int, pidfd: int, pgid: int, signal: int) -> None:
-        """Signal the group by the pidfd of its leader where the kernel can (6.9), else while the child pins the group."""
+        """Signal the group by the pidfd of its leader (Linux 6.9), or by number while a member is not reaped."""
         if pgid == pid:
             try:
                 syscalls.send_signal(pidfd, signal, syscalls.PIDFD_SIGNAL_PROCESS_GROUP)
@@ -77,5 +77,5 @@ class PidfdBackend(Backend):
                     raise
             else:
                 return
-        syscalls.send_signal(pidfd, 0)  # ESRCH once reaped; until then the child, were it a zombie, keeps its group's number
+        syscalls.send_signal(pidfd, 0)  # ESRCH once reaped. Until then, even as a zombie, the child keeps its group
         os.killpg(pgid, signal)
