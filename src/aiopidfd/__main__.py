@@ -89,7 +89,7 @@ def format_features(found: Features) -> str:
         ("SIGCHLD", found.sigchld, _explain_sigchld(found)),
         ("/proc", found.proc, _explain_proc(found)),
         ("RLIMIT_NOFILE", str(found.nofile), f"one descriptor for each watched child; can be raised to {found.nofile_max}"),
-        ("programs by", found.spawn, "clone: in C, at half the cost, and no status is lost; Popen: by subprocess"),
+        ("programs by", found.spawn, "clone: in C, at half the cost, and no status is lost; Popen: by subprocess.Popen"),
         ("backend", found.backend, found.reason),
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

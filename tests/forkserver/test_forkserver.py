@@ -25,8 +25,8 @@ from ..helpers.workers import (
     exit_with,
     fork_server,
     interrupt,
+    notify_ready_after_read,
     raise_value_error,
-    say_ready_after_read,
     wait_for_signal,
 )
 
@@ -91,7 +91,7 @@ async def test_server_beside_threads_is_made_by_fork(pidfds: None) -> None:
         (os.abort, (), -signal.SIGABRT, ""),
     ],
 )
-async def test_end_of_the_worker_is_told_as_it_was(
+async def test_exit_status_of_the_worker_is_reported(
     function: Any, args: Any, returncode: int, stderr: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async with fork_server() as server:
@@ -129,14 +129,14 @@ async def test_worker_starts_clean(pidfds: None, method: Any) -> None:
 async def test_worker_holds_no_socket_of_a_server_or_of_another_worker(pidfds: None) -> None:
     read, write = os.pipe()
     async with ForkServer() as other, ForkServer() as server:
-        starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
+        starting = asyncio.ensure_future(server.afork(notify_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
         while len(afork._parent_sockets) < 5:
             await asyncio.sleep(0)
         ours = {f"socket:[{os.fstat(gate.fileno()).st_ino}]" for gate in afork._parent_sockets}
         seen = await ask(server, "descriptors")
         os.write(write, b"x")
         assert await (await starting).wait() == 0
-        assert len(ours) == 5  # two wires, the gates of the workers ahead, and one more
+        assert len(ours) == 5  # two control sockets, the sockets of the idle workers, and one more
         assert not ours & set(seen)
         assert other.pid != server.pid
     os.close(read)
@@ -221,7 +221,7 @@ async def test_bad_options_of_the_server_are_refused() -> None:
 async def test_manual_readiness_and_a_slow_start_that_holds_nobody_up() -> None:
     read, write = os.pipe()
     async with fork_server() as server:
-        slow = asyncio.ensure_future(server.afork(say_ready_after_read, read, 5, ready="manual", pass_fds=[read]))
+        slow = asyncio.ensure_future(server.afork(notify_ready_after_read, read, 5, ready="manual", pass_fds=[read]))
         for code in range(5):
             assert await (await server.afork(exit_with, code)).wait() == code
         assert not slow.done()
@@ -239,7 +239,7 @@ async def test_worker_that_ends_before_it_is_ready_is_an_error_with_its_status(f
         assert caught.value.exit_status.returncode == 9
 
 
-async def test_exception_before_readiness_is_told_with_its_traceback(
+async def test_exception_before_readiness_is_reported_with_its_traceback(
     pidfds: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async with ForkServer() as server:
@@ -251,14 +251,14 @@ async def test_exception_before_readiness_is_told_with_its_traceback(
 
 
 class Explosive:
-    """Explodes where it is unpickled."""
+    """Raises an exception when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return raise_value_error, ("cannot be unpickled",)
 
 
 @pytest.mark.parametrize("ready", ["auto", "manual"])
-async def test_what_cannot_be_unpickled_is_told_with_its_traceback(pidfds: None, ready: Any) -> None:
+async def test_what_cannot_be_unpickled_is_reported_with_its_traceback(pidfds: None, ready: Any) -> None:
     async with ForkServer() as server:
         with pytest.raises(ChildStartError, match="ValueError: cannot be unpickled") as caught:
             await server.afork(exit_with, Explosive(), ready=ready)

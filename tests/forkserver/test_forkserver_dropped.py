@@ -47,7 +47,7 @@ async def start(keep):
     for _ in range(3 if workers == "workers" else 0):
         worker = await server.afork(wait_for_leash, pass_fds=LEASH)
         worker.detach()
-    if workers != "at once":  # the worker without an order is there
+    if workers != "at once":  # the idle worker exists
         await server._link.prefork().outcome
     keep.append(server)
 

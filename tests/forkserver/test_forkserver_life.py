@@ -42,7 +42,7 @@ async def test_workers_survive_their_server_and_are_still_watched(pidfds: None) 
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-async def test_killed_server_is_started_anew_where_that_was_asked_for(pidfds: None, method: Any) -> None:
+async def test_killed_server_is_restarted_if_restart_is_true(pidfds: None, method: Any) -> None:
     async with ForkServer(restart=True, start_method=method) as server:
         first = server.pid
         await kill_server(server)
@@ -76,7 +76,7 @@ async def test_server_killed_amid_many_requests_loses_no_worker(pidfds: None) ->
 async def test_worker_whose_server_died_before_it_could_reply_is_found(
     pidfds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reply is lost, the worker is there: it says so by its gate."""
+    """The reply is lost. The worker exists, and its message shows its pid."""
     async with ForkServer() as server:
         assert server._link is not None
         control = server._link._control
@@ -93,10 +93,10 @@ async def test_worker_whose_server_died_before_it_could_reply_is_found(
 
         socket_recv_fds = socket.recv_fds
         monkeypatch.setattr(socket, "recv_fds", swallow)
-        assert await (await server.afork(exit_with, 10)).wait() == 10  # of whom we know since the start
+        assert await (await server.afork(exit_with, 10)).wait() == 10  # the idle worker since the start
         starting = asyncio.ensure_future(server.afork(exit_with, 11))
         manual = asyncio.ensure_future(server.afork(ignore_sigterm, ready="manual"))
-        while len(replies) < 3:  # the third is of a worker without an order
+        while len(replies) < 3:  # the third is of the idle worker
             await asyncio.sleep(0.01)
         assert control.fileno() >= 0
         assert not starting.done()
@@ -107,13 +107,13 @@ async def test_worker_whose_server_died_before_it_could_reply_is_found(
         assert await child.wait() == -signal.SIGKILL
 
 
-async def test_reply_without_a_pidfd_gives_a_worker_all_the_same(pidfds: None, caplog: pytest.LogCaptureFixture) -> None:
+async def test_reply_without_a_pidfd_gives_a_worker(pidfds: None, caplog: pytest.LogCaptureFixture) -> None:
     """At the limit of descriptors the kernel drops the pidfd on its way (MSG_CTRUNC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with ForkServer() as server:
         assert server.pid is not None
         os.kill(server.pid, signal.SIGSTOP)
-        await (await server.afork(exit_with, 0)).wait()  # by the worker that is there already
+        await (await server.afork(exit_with, 0)).wait()  # by the idle worker
         starting = asyncio.ensure_future(server.afork(exit_with, 21))
         await asyncio.sleep(0)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -133,7 +133,7 @@ async def test_no_descriptor_for_a_request_is_an_error_and_harms_no_other(pidfds
         await (await server.afork(exit_with, 0)).wait()
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
-            await (await server.afork(exit_with, 0)).wait()  # by the worker that is there already
+            await (await server.afork(exit_with, 0)).wait()  # by the idle worker
             with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
                 await server.afork(exit_with, 0)
         finally:
@@ -147,12 +147,12 @@ async def test_server_without_room_for_descriptors_says_so(pidfds: None) -> None
         assert server.pid is not None
         soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (3, hard))
-        await (await server.afork(exit_with, 0)).wait()  # by the worker that is there already
+        await (await server.afork(exit_with, 0)).wait()  # by the idle worker
         with pytest.raises(OSError, match="descriptors") as caught:
             await server.afork(exit_with, 0)
         assert caught.value.errno == errno.EMFILE
         assert server._link is not None
-        if server._link.idle is not None:  # asked for while there was no room; what comes of it is not for the next one
+        if server._link.idle is not None:  # it was requested at the limit, and must not be used by the next call
             await asyncio.wait([server._link.idle.outcome])
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
         assert await (await server.afork(exit_with, 2)).wait() == 2
@@ -252,7 +252,7 @@ def test_server_and_its_workers_with_pdeathsig_end_with_the_parent(method: str) 
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie, which it may stay for long if nobody adopts it who reaps."""
+    """Whether a process exists and is not a zombie. If its new parent does not reap it, it stays a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -100,7 +100,7 @@ async def main():
     enter_new_namespace()
     async with ForkServer() as server:
         socket.recv_fds = swallow
-        first = await server.afork(wait_for_signal)  # of whom we know since the start
+        first = await server.afork(wait_for_signal)  # the idle worker since the start
         starting = asyncio.ensure_future(server.afork(wait_for_signal))
         while len(replies) < 2:
             await asyncio.sleep(0.01)

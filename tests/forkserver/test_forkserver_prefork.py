@@ -14,12 +14,12 @@ from aiopidfd import ForkServer, PidfdChildProcess
 from aiopidfd._forkserver import request
 
 from ..conftest import children
-from ..helpers.workers import exit_with, fork_server, kill_server, others, say_ready_after_read, wait_for_signal
+from ..helpers.workers import exit_with, fork_server, kill_server, notify_ready_after_read, others, wait_for_signal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-async def test_worker_is_forked_before_anybody_asks_for_it(pidfds: None) -> None:
+async def test_idle_worker_is_forked_before_it_is_requested(pidfds: None) -> None:
     async with ForkServer() as server:
         assert server._link is not None
         for code in range(3):
@@ -30,7 +30,7 @@ async def test_worker_is_forked_before_anybody_asks_for_it(pidfds: None) -> None
             assert await worker.wait() == code
 
 
-async def test_worker_is_not_disturbed_by_what_came_before_its_order(pidfds: None) -> None:
+async def test_signals_to_an_idle_worker_are_discarded(pidfds: None) -> None:
     """As a Ctrl-C at the terminal does, which goes to all of its processes."""
     async with ForkServer() as server:
         assert server._link is not None
@@ -43,7 +43,7 @@ async def test_worker_is_not_disturbed_by_what_came_before_its_order(pidfds: Non
         assert await worker.wait() == 5
 
 
-async def test_worker_that_was_killed_before_its_order_is_replaced(pidfds: None) -> None:
+async def test_idle_worker_that_was_killed_is_replaced(pidfds: None) -> None:
     async with ForkServer() as server:
         assert server._link is not None
         ahead = await server._link.prefork().outcome
@@ -55,18 +55,18 @@ async def test_worker_that_was_killed_before_its_order_is_replaced(pidfds: None)
         assert await worker.wait() == 6
 
 
-async def test_worker_that_is_being_killed_before_its_order_is_replaced(pidfds: None) -> None:
-    """Its gate is heard before its end is."""
+async def test_idle_worker_whose_exit_is_not_reported_yet_is_replaced(pidfds: None) -> None:
+    """The end of its socket is read before its exit is reported."""
     async with ForkServer() as server:
         assert server._link is not None
-        spare = server._link.prefork()
-        ahead = await spare.outcome
+        idle = server._link.prefork()
+        ahead = await idle.outcome
         assert isinstance(ahead, PidfdChildProcess)
         os.kill(ahead.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while not spare.ready.done():
+        while not idle.ready.done():
             assert time.monotonic() < deadline
-            spare.on_readable()
+            idle.on_readable()
         assert ahead.returncode is None
         worker = await server.afork(exit_with, 7)
         assert worker is not ahead
@@ -74,7 +74,7 @@ async def test_worker_that_is_being_killed_before_its_order_is_replaced(pidfds: 
         await ahead.wait()
 
 
-async def test_worker_without_an_order_ends_with_its_server(pidfds: None) -> None:
+async def test_idle_worker_exits_with_its_server(pidfds: None) -> None:
     async with ForkServer() as server:
         before = await others(server) - {server.pid}
         await kill_server(server)
@@ -93,7 +93,7 @@ async def test_cancellation_ends_and_reaps_the_worker() -> None:
     read, write = os.pipe()
     async with fork_server() as server:
         before = await others(server)
-        starting = asyncio.ensure_future(server.afork(say_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
+        starting = asyncio.ensure_future(server.afork(notify_ready_after_read, read, 0, ready="manual", pass_fds=[read]))
         while await others(server) == before:
             await asyncio.sleep(0)
         starting.cancel()
@@ -133,7 +133,7 @@ async def test_cancellation_while_the_server_is_stopped_does_not_hang(pidfds: No
         before = await others(server)
         assert server.pid is not None
         os.kill(server.pid, signal.SIGSTOP)
-        assert await (await server.afork(exit_with, 2)).wait() == 2  # by the worker that is there already
+        assert await (await server.afork(exit_with, 2)).wait() == 2  # by the idle worker
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(server.afork(wait_for_signal), 0.05)
         os.kill(server.pid, signal.SIGCONT)
