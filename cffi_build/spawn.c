@@ -167,7 +167,7 @@ static int failure(int step, int error)
     return -(step << 16 | error);
 }
 
-int ap_spawn(ap_birth *ret_birth, int reaper, const char *paths, int path_count, const char *argv, int arg_count,
+int ap_spawn(ap_program *ret_program, int reaper, const char *paths, int path_count, const char *argv, int arg_count,
              const char *env, int env_count, const char *cwd, const int *pass_fds, int pass_count, int in, int out, int err,
              int umask, int pgid, int flags)
 {
@@ -205,8 +205,8 @@ int ap_spawn(ap_birth *ret_birth, int reaper, const char *paths, int path_count,
         return failure(launch.step, launch.error);
     }
     /* From here on other code may reap it. If it must be killed, that is done by its pidfd. */
-    ret_birth->held = pidfd >= 0 && ap_reaper_adopt(reaper, pid, pidfd, 0) == 0;
-    ret_birth->pidfd = pidfd;
-    ret_birth->pid = pid;
+    ret_program->held = pidfd >= 0 && ap_reaper_adopt(reaper, pid, pidfd, 0) == 0;
+    ret_program->pidfd = pidfd;
+    ret_program->pid = pid;
     return 0;
 }

@@ -17,7 +17,7 @@ typedef struct {
     int pid;   /* 0 until it was started */
     int pidfd; /* once there is a pid; -1: none */
     int held;  /* the reaper holds the pidfd, which is tracked as after ap_reaper_add */
-} ap_birth;
+} ap_program;
 
 /* Start a program as vfork(2) and execve(2) do, without at-fork hooks, and hold its pidfd in the reaper. Lists of strings
  * are one block in which each string ends with a NUL:
@@ -32,9 +32,9 @@ typedef struct {
  * Returns 0. Where there is no descriptor for a pidfd (EMFILE, ENFILE), or the kernel knows none (before 5.2), the program
  * has none, and where the reaper cannot hold it (epoll_ctl(2)) it is open and not held.
  * On failure returns -(step << 16 | errno) with a step of AP_STEP_*: there is no child, no zombie and no descriptor, and
- * *ret_birth is as it was.
+ * *ret_program is as it was.
  * ENOSYS, EPERM, EACCES, EINVAL at AP_STEP_PARENT: clone with CLONE_PIDFD (Linux 5.2) is not available. */
-int ap_spawn(ap_birth *ret_birth, int reaper, const char *paths, int path_count, const char *argv, int arg_count,
+int ap_spawn(ap_program *ret_program, int reaper, const char *paths, int path_count, const char *argv, int arg_count,
              const char *env, int env_count, const char *cwd, const int *pass_fds, int pass_count, int in, int out, int err,
              int umask, int pgid, int flags);
 

@@ -37,7 +37,7 @@ int main(int argc, char **argv)
 {
     char block[1024], *end = block;
     int reaper = ap_reaper_open(), result, i;
-    ap_birth birth = {0, -1, 0};
+    ap_program program = {0, -1, 0};
     ap_exit ended;
 
     if (argc < 2 || reaper < 0)
@@ -45,19 +45,19 @@ int main(int argc, char **argv)
     for (i = 1; i < argc; i++)
         end = stpcpy(end, argv[i]) + 1;
     for (i = 0; i < 5; i++) {
-        result = ap_spawn(&birth, reaper, argv[1], 1, block, argc - 1, NULL, -1, "/", NULL, 0, -1, -1, -1, -1, -1,
+        result = ap_spawn(&program, reaper, argv[1], 1, block, argc - 1, NULL, -1, "/", NULL, 0, -1, -1, -1, -1, -1,
                           AP_SPAWN_CLOSE_FDS | AP_SPAWN_RESTORE_SIGNALS);
-        if (result != 0 || birth.pid <= 0 || birth.pidfd < 0 || !birth.held)
+        if (result != 0 || program.pid <= 0 || program.pidfd < 0 || !program.held)
             return fail("ap_spawn", result);
-        if (ap_waitid(AP_P_PIDFD, birth.pidfd, WEXITED, &ended) != 1 || ended.status != 3 << 8)
+        if (ap_waitid(AP_P_PIDFD, program.pidfd, WEXITED, &ended) != 1 || ended.status != 3 << 8)
             return fail("status", ended.status);
     }
-    birth = (ap_birth){0, -1, 0};
-    result = ap_spawn(&birth, reaper, "/no/such", 1, block, argc - 1, NULL, -1, NULL, NULL, 0, -1, -1, -1, -1, -1, 0);
-    if (result != -(AP_STEP_EXEC << 16 | ENOENT) || birth.pid != 0)
+    program = (ap_program){0, -1, 0};
+    result = ap_spawn(&program, reaper, "/no/such", 1, block, argc - 1, NULL, -1, NULL, NULL, 0, -1, -1, -1, -1, -1, 0);
+    if (result != -(AP_STEP_EXEC << 16 | ENOENT) || program.pid != 0)
         return fail("what is not there", result);
-    result = ap_spawn(&birth, reaper, argv[1], 1, block, argc - 1, NULL, -1, "/no/such", NULL, 0, -1, -1, -1, -1, -1, 0);
-    if (result != -(AP_STEP_CHDIR << 16 | ENOENT) || birth.pid != 0)
+    result = ap_spawn(&program, reaper, argv[1], 1, block, argc - 1, NULL, -1, "/no/such", NULL, 0, -1, -1, -1, -1, -1, 0);
+    if (result != -(AP_STEP_CHDIR << 16 | ENOENT) || program.pid != 0)
         return fail("a folder that is not there", result);
     if (waitpid(-1, NULL, __WALL) != -1 || errno != ECHILD)
         return fail("a child is left", errno);

@@ -161,12 +161,12 @@ SPAWN_SETSID: Final = lib.AP_SPAWN_SETSID
 _join: Final = b"\0".join  # the last string has its NUL, too: each `bytes` object ends with one
 
 
-# Return a new `ap_birth`, of a program that is not started.
-new_birth: Final[Callable[[], Any]] = partial(ffi.new, ffi.typeof("ap_birth *"))
+# Return a new `ap_program`, of a program that is not started.
+new_program: Final[Callable[[], Any]] = partial(ffi.new, ffi.typeof("ap_program *"))
 
 
 def spawn(
-    birth: Any,
+    program: Any,
     reaper: int,
     paths: Sequence[bytes],
     argv: Sequence[bytes],
@@ -179,14 +179,14 @@ def spawn(
     pgid: int,
     flags: int,
 ) -> tuple[int, int]:
-    """Start a program, note it in `birth`, and add its pidfd to the reaper with the descriptor `reaper`.
+    """Start a program, note it in `program`, and add its pidfd to the reaper with the descriptor `reaper`.
 
     The C contract, with the meaning of each argument, is in cffi_build/spawn.h. No string may contain a NUL byte.
 
     Returns 0 and STEP_PARENT, or the errno and the step (STEP_*) that failed. After a failure there is no child.
     """
     result = lib.ap_spawn(
-        birth,
+        program,
         reaper,
         _join(paths),
         len(paths),

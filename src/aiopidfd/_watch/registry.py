@@ -105,7 +105,7 @@ class Registry(Collector):
                 is_stranger = False
                 if not is_held:
                     flags = (0 if reap else ADD_PEEK) | (ADD_CHECK_CHILD if check else 0)
-                    # The usual case first, one call of C: by way of `_watch` a child handler costs 5 % more.
+                    # The usual case first, one call of C: through `_watch` a child handler costs 5 % more.
                     is_usual = pidfd < 0 and backend != "sigchld" and decision.name == "pidfd"
                     opened = try_add(self._reaper.fd, pid, flags) if is_usual else -1
                     if opened >= 0:

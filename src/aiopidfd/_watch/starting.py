@@ -27,7 +27,7 @@ class StartingProgram:
     __slots__ = ("popen", "reaper_fd", "struct")
 
     reaper_fd: int  # the reaper that will hold the pidfd; -1 where children are not watched by pidfd
-    struct: Any  # an ap_birth, written in C
+    struct: Any  # an ap_program, written in C
     popen: Popen[bytes] | None  # if Popen starts the program
 
     @property
@@ -46,7 +46,7 @@ def make_starting_program(reaper_fd: int) -> StartingProgram:
     """Return a StartingProgram without a process. As in child.py, an `__init__` would be slower."""
     program = StartingProgram()
     program.reaper_fd = reaper_fd
-    program.struct = syscalls.new_birth()
+    program.struct = syscalls.new_program()
     program.popen = None
     return program
 
