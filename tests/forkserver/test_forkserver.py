@@ -45,6 +45,7 @@ async def test_returncode_is_what_child_func_returned() -> None:
 async def test_worker_is_a_child_of_this_process_and_a_handle_like_any_other(pidfds: None) -> None:
     async with ForkServer() as server, await server.afork(wait_for_signal) as child:
         assert isinstance(child, PidfdChildProcess)
+        assert not os.get_inheritable(child.fileno())
         assert {child.pid, server.pid} <= children()
         assert await ask(server, "parent") == os.getpid()
     assert child.returncode == -signal.SIGTERM

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import weakref
 from collections import deque
@@ -134,6 +135,8 @@ class Link:
         # With code 0 there may be no pidfd: this process has too many open files (MSG_CTRUNC), or the server could not send
         # it. Then the pid is used. It stays valid while the worker waits for RELEASE.
         pidfd = fds[0] if fds else -1
+        if fds:
+            os.set_inheritable(pidfd, False)  # socket.recv_fds() ignores its flags (seen up to Python 3.13)
         if number:
             self._in_flight.pop(number).on_reply(pid, pidfd, code)
         else:
