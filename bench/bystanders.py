@@ -50,7 +50,7 @@ class _Pending:
 
 
 async def _measure(step: Callable[[], object], times: int, gap_s: float) -> float:
-    """Return the median of what `step`, and what comes of it in `gap_s`, costs the loop's thread, in us."""
+    """Return the median CPU time of the loop's thread for `step` and for `gap_s` after it, in us."""
     costs = []
     for _ in range(times):
         before = time.thread_time_ns()

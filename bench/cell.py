@@ -43,7 +43,7 @@ def main() -> None:
     os.environ[PROGRAMS_VARIABLE] = programs
     print(json.dumps(measure(benchmark, peer, int(x), int(samples))), flush=True)
     # Without the interpreter's end: there may be ten thousand threads to join, or children to be warned of. The children
-    # end as their stdin does; whoever started this cell waits for that, since they hold its stdout.
+    # end as their stdin does; the process that started this cell waits for that, since they hold its stdout.
     os._exit(0)
 
 

@@ -37,7 +37,7 @@ def await_end(pid: int) -> None:
 
 
 class Gate:
-    """A pipe that children read, to be let go all at once.
+    """A pipe that children read, to be released all at once.
 
     What holds its other end open is itself a child, the holder: so the CPU time of waking the others, which the benchmarks
     do not mean to measure, is the holder's. If this process dies the holder ends, and then the rest.

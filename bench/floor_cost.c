@@ -1,6 +1,6 @@
 /* floor_cost CHILD N PASSES: the CPU time of registering and reaping N children by pidfd, in C.
  *
- * The system calls are those of aiopidfd for a pid that it is told of: pidfd_open, a waitid that makes sure that it is a
+ * The system calls are those of aiopidfd for a pid that the caller passes: pidfd_open, a waitid that makes sure that it is a
  * child, and EPOLL_CTL_ADD to register, then waitid with rusage for each child, and epoll_wait and the closing of the pidfds
  * for each batch of them: those that follow one another are closed by one call. All have ended before the first is reaped.
  * Prints for each pass the nanoseconds of CPU time to register and to reap, after one pass that is not counted. */

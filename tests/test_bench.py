@@ -47,7 +47,7 @@ def test_cell_gives_as_many_samples_as_asked_for(benchmark: str, peer: str, comp
     _skip_what_we_lack(benchmark, peer)
     for _ in range(10):
         cell = runner.run_cell(Job(benchmark, peer, _SMALLEST_X[benchmark], 0, 2), compiled, timeout_s=60)
-        # aiotools opens the pidfd of its fork server's child when it is told of it, and fails if that has ended already.
+        # aiotools opens the pidfd of its fork server's child when it gets its pid, and fails if that has exited already.
         if not (peer.startswith("aiotools") and cell.get("error", "").startswith("ProcessLookupError")):
             break
     if "missing" in cell:

@@ -1,4 +1,4 @@
-"""tests/mutants: its list applies to the tree as it is, and bugs that tests notice are told from those that they do not."""
+"""tests/mutants: its list applies to the tree as it is, and it knows which bugs the tests notice."""
 
 from __future__ import annotations
 

@@ -151,6 +151,6 @@ async def test_traced_child_is_reported_when_the_tracer_ends() -> None:
         poll.register(registry_of(asyncio.get_running_loop())._reaper.fd, select.POLLIN)
         assert poll.poll(0) == []  # otherwise the loop would spin
         assert not waiting.done()
-        tracer.let_go()
+        tracer.release()
         status = await waiting
         assert (status.returncode, status.source) == (14, "reaped")

@@ -30,7 +30,7 @@ beside_uring_worker = pytest.mark.filterwarnings("ignore:This process:Deprecatio
 
 
 async def ask(look: Callable[[], Any]) -> Any:
-    """Run `look` in an aforked child and return what it returned, by way of JSON."""
+    """Run `look` in an aforked child and return its result, as JSON."""
     read, write = os.pipe()
 
     def tell() -> None:
@@ -148,7 +148,7 @@ async def test_inherited_epolls_are_replaced_whatever_their_numbers(lowest: int)
 
 @beside_uring_worker
 async def test_handles_of_the_parent_do_not_hang_in_a_child() -> None:
-    """Another thread holds a lock of ours at the fork: in the child nobody will ever let go of it."""
+    """Another thread holds a lock of ours at the fork: in the child no thread will release it."""
     is_held, may_go = threading.Event(), threading.Event()
 
     def hold(lock: threading.RLock) -> None:

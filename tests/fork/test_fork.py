@@ -287,7 +287,7 @@ def nest_epolls() -> None:
 
 
 def test_a_worker_of_io_uring_is_no_thread() -> None:
-    """libuv changes its epoll by way of io_uring, which takes to a worker when a lock is not free at once."""
+    """libuv changes its epoll through io_uring, which uses a worker thread if a lock is not free at once."""
     uvloop = pytest.importorskip("uvloop")
 
     async def fork_beside_worker() -> None:

@@ -1,4 +1,4 @@
-"""ForkServer: how the server is made, dies and is closed, and what becomes of its workers then."""
+"""ForkServer: how the server starts, dies and is closed, and what happens to its workers."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ async def test_nobody_else_can_reap_the_workers_of_a_server_without_exit_signal(
     stolen: list[int] = []
     done = threading.Event()
 
-    def steal() -> None:
+    def reap_all() -> None:
         while not done.wait(0.0001):
             with contextlib.suppress(ChildProcessError):
                 pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -271,7 +271,7 @@ async def test_nobody_else_can_reap_the_workers_of_a_server_without_exit_signal(
                     stolen.append(pid)
 
     async with ForkServer() as server:
-        thread = threading.Thread(target=steal)
+        thread = threading.Thread(target=reap_all)
         thread.start()
         old = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:

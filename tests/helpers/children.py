@@ -154,7 +154,7 @@ class Tracer:
         assert process.stdin is not None
         self._orders = process.stdin
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Leave the zombie to us."""
         print(file=self._orders, flush=True)
 

@@ -122,7 +122,7 @@ def test_reaper_never_waits_for_a_zombie_that_its_tracer_holds(reaper: Reaper) -
             assert is_readable(reaper)  # a second time: a change would be seen
             assert list(reaper.reap()[1]) == []
         assert not is_readable(reaper)
-        tracer.let_go()
+        tracer.release()
         poll = select.poll()
         poll.register(reaper.fd, select.POLLIN)
         assert poll.poll(10_000) != []

@@ -63,7 +63,7 @@ async def watch(stranger: Stranger) -> asyncio.Task[ExitStatus]:
 
 
 async def end_and_reap(stranger: Stranger, waiting: asyncio.Task[ExitStatus], backend: str) -> None:
-    """Have it end, and see that this is told as it can be here."""
+    """Have it exit, and check that the exit is reported as far as it can be known here."""
     stranger.send("end")
     stranger.send("reap")
     status = await asyncio.wait_for(waiting, FOUND_BY_CHECK_S)
