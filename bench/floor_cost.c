@@ -4,7 +4,7 @@
  * child, and EPOLL_CTL_ADD to register, then waitid with rusage for each child, and epoll_wait and the closing of the pidfds
  * for each batch of them: those that follow one another are closed by one call. All have ended before the first is reaped.
  * Prints for each pass the nanoseconds of CPU time to register and to reap, after one pass that is not counted. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "floor.h"
 
 #include <fcntl.h>

@@ -2,7 +2,7 @@
  *
  * Prints for each sample the nanoseconds from before the fork until the child has said that it is ready, and until it
  * has been reaped, after one fork that is not counted. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "floor.h"
 
 #include <fcntl.h>

@@ -4,7 +4,7 @@
  * a pidfd from birth, by the same messages as ours: a request with the worker's socket, a reply with its pidfd, and over the
  * worker's socket what it is to do, leave to do it, and its word that it is ready. Prints for each sample the nanoseconds
  * until it is ready, and until it has been reaped, after one that is not counted. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "floor.h"
 
 #include <signal.h>

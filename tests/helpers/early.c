@@ -1,7 +1,7 @@
 /* The instant in which a process is reaped and the kernel does not report its exit yet: the functions of pidfd.c, but the
  * first calls of ioctl fail with ESRCH. A shared object for the tests. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include <errno.h>
 #include <sys/ioctl.h>

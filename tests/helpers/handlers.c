@@ -1,6 +1,6 @@
 /* SIGCHLD handlers as of other libraries: some call the previous handler, some do not. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include <errno.h>
 #include <pthread.h>

@@ -1,6 +1,6 @@
 /* Preloaded: if requested, the next call of sigaction(SIGCHLD) blocks, once. A shared object. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include <dlfcn.h>
 #include <signal.h>

@@ -1,7 +1,7 @@
 /* What a forked child inherits from C libraries: handlers of signals, some of which call the previous handler, and fork
  * hooks that make an epoll descriptor. A shared object for the tests. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include <fcntl.h>
 #include <pthread.h>

@@ -5,7 +5,7 @@
  * An ERRNO is a name or a number, ENOSYS if there is none. The rules are in the table below. The filter holds for every
  * child, too, and survives exec. Built as a shared object it is ap_install_filter(rules), for this process from now on. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include "syscalls.h"
 

@@ -1,6 +1,6 @@
 /* Other code that reaps the children of this process, fast: a shared object for the tests. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include "syscalls.h"
 

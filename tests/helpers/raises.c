@@ -1,6 +1,6 @@
 /* Preloaded: a process that calls setsid() gets SIGUSR1 inside the call. A shared object. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include <signal.h>
 #include <sys/syscall.h>

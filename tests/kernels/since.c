@@ -1,6 +1,6 @@
 /* Children by clone3(2), for the tests of what each kernel can do. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #endif
 #include "syscalls.h"
 
