@@ -137,7 +137,14 @@ def no_errors_of_the_loop(request: pytest.FixtureRequest) -> Iterator[None]:
     if inspect.iscoroutinefunction(request.function):
         _UnderTest.kind = request.node.callspec.params["loop_factory"]
     yield
-    assert not _UnderTest.errors, f"the loop's exception handler was called: {_UnderTest.errors}"
+    errors = [context for context in _UnderTest.errors if not _is_of_old_streams(context)]
+    assert not errors, f"the loop's exception handler was called: {errors}"
+
+
+def _is_of_old_streams(context: dict[str, Any]) -> bool:
+    """Whether asyncio's streams have not looked at the end of a program's stdin, as they do from Python 3.11 on."""
+    is_of_pipe = isinstance(context.get("exception"), (BrokenPipeError, ConnectionResetError))
+    return sys.version_info < (3, 11) and is_of_pipe and context["message"] == "Future exception was never retrieved"
 
 
 def run_on(loop_factory: LoopFactory, main: Any, timeout_s: float = 240.0) -> Any:

@@ -75,7 +75,8 @@ def in_child(function):
 
 def run_program(program: str, kind: str, whose: str, *arguments: str) -> str:
     """Run it; return what it has printed. It must not have complained of anything."""
-    command = [sys.executable, "-W", "ignore", "-c", _PRELUDE + program, kind, whose, *arguments]
+    # An open loop would be closed at the interpreter's exit, and asyncio's debug mode then looks for modules that are gone.
+    command = [sys.executable, "-W", "ignore", "-c", f"{_PRELUDE}{program}\nloop.close()\n", kind, whose, *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=40)
     assert ran.stderr == ""
     assert ran.returncode == 0

@@ -161,6 +161,7 @@ class Link:
         else:  # the loop may never run again
             self._kill_now()
             self._registry.collect()
+            settle_abandoned()  # if the registry is closed already, it has abandoned them: poll() may return before SIGCHLD
 
     def _on_loop_closed(self) -> None:
         """Kill and reap the server and the idle worker, since no loop watches them any more."""
